@@ -85,8 +85,8 @@ class KedroTelemetryHook:
     def before_command_run(self, project_metadata: Any, command_args: list[str]) -> None:
         """Remember the command, which is reported when it has ended or when a session in it has made its catalog."""
         with _harmless():
-            self._command, self._is_due = list(command_args), True
             self._project_path = project_metadata.project_path if project_metadata else None
+            self._command, self._is_due = list(command_args), True
 
     @cli_hook_impl
     def after_command_run(self) -> None:
@@ -229,30 +229,20 @@ def _user_consent() -> Consent:
 
 
 def _settings_consent() -> Consent:
-    """Kedro's own switch in the settings of the project that runs: DISABLE_HOOKS_FOR_PLUGINS.
-
-    A look at a setting runs the project's settings.py, so one that does not mention the switch is left alone.
-    """
+    """Kedro's own switch in the settings that it has loaded for the project that runs: DISABLE_HOOKS_FOR_PLUGINS."""
     project = sys.modules.get("kedro.framework.project")
-    name = f"{getattr(project, 'PACKAGE_NAME', None)}.settings"
-    if project is None or name == "None.settings":
-        return Consent()
-    no = Consent(False, f"DISABLE_HOOKS_FOR_PLUGINS in {name}")
+    package = getattr(project, "PACKAGE_NAME", None)
+    no = Consent(False, f"DISABLE_HOOKS_FOR_PLUGINS in {package}.settings")
     try:
-        if name not in sys.modules:
-            from importlib.util import find_spec
-
-            loader: Any = getattr(find_spec(name), "loader", None)
-            if loader is None or "DISABLE_HOOKS_FOR_PLUGINS" not in loader.get_source(name):
-                return Consent()
-        return no if "kedro-telemetry" in project.settings.DISABLE_HOOKS_FOR_PLUGINS else Consent()
-    except (Exception, SystemExit):
+        is_no = package is not None and "kedro-telemetry" in project.settings.DISABLE_HOOKS_FOR_PLUGINS
+    except Exception:
         return no
+    return no if is_no else Consent()
 
 
 def _project_consent(project_path: Path | None) -> Consent:
     """The file .telemetry in the project's root, or in the current directory where there is no project."""
-    path = Path(project_path or "", ".telemetry").absolute()
+    path = Path(project_path or "", ".telemetry")
     try:
         answer, line, is_plain = _parse_consent((_read(path) or b"").decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -263,7 +253,7 @@ def _project_consent(project_path: Path | None) -> Consent:
 
 
 QUOTED = r"\"[^\"\\]*\"|'[^']*'"
-KEY = rf"({QUOTED}|[\w.-]+(?: [\w.-]+)*) *([:=])( *)(.*)"
+KEY = rf"({QUOTED}|\w[\w.-]*(?: [\w.-]+)*) *([:=])( *)(.*)"
 VALUE = rf"({QUOTED}|[\w./~+](?:[^\s:#]|:(?=\S)|(?<=\S)#| (?=[^#]))*|) *(?:(?<![^ ])#.*)?"
 
 
@@ -488,6 +478,7 @@ def _mask(words: list[str], in_project: bool) -> list[str]:
         if values or option not in takes:
             masked.append(word if word in clear else MASK)
             values = len(words) if option in LAST_WORDS else max(values - 1, 0)
+            clear = clear if values else ()
             continue
         clear = official if option in ("--starter", "-s") else ()
         masked += [option, value if value in clear else MASK] if equals else [option]
@@ -791,8 +782,8 @@ def _find_project() -> Path | None:
     return None
 
 
-# A copy that is vendored into a project uses the hook of an installed one, so that each event is sent once.
-telemetry_hook = getattr(sys.modules.get("kedro_telemetry"), "telemetry_hook", None) or KedroTelemetryHook()
+# The logger is one in a process: a copy vendored into a project shares its hook with an installed one.
+telemetry_hook: KedroTelemetryHook = vars(logger).setdefault("hook", KedroTelemetryHook())
 plugin = api = sys.modules[f"{__name__}.plugin"] = sys.modules[f"{__name__}.api"] = sys.modules[__name__]
 
 if __name__ == "__main__":
