@@ -8,7 +8,6 @@ the post. Below them are the files and the command line, `python -m kedro_teleme
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import os
@@ -18,8 +17,9 @@ import sys
 import threading
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import ssl
@@ -29,13 +29,11 @@ try:
 except ImportError:  # a bare Python, where only the command line is of use
     _hook = lambda project_name: lambda function: function  # type: ignore # noqa: E731
 
-Properties = dict[str, Any]
-
 __version__ = "1.0.0"
 
 ENDPOINT = "https://heapanalytics.com/api/track"
 APP_ID = "2388822444"
-DEADLINE, BACK_OFF = 2.0, 3600.0  # seconds: how long a post may take, and how long none is tried after one that did
+DEADLINE, BACK_OFF = 2.0, 3600.0  # seconds: that a post may take, and in which none is tried after one that took them
 LOCK_PATIENCE = 2.0  # seconds to wait for another process that writes the same file
 LARGEST_FILE, LONGEST_TEXT = 2**20, 1023  # bytes; characters that Heap takes in a key or a value
 NOTICE = (
@@ -49,16 +47,18 @@ HELP = f"""{USAGE}\n
   status    whether telemetry is on here and why, and what it would send (the default)
   enable    say yes for yourself in every project; a no said elsewhere is still a no
   disable   say no for yourself in every project"""
-YES_WORDS = ("true", "yes", "on", "y", "1")
-NO_WORDS = ("false", "no", "off", "n", "0")
-NOT_YET = "(made with the first event)"
+YES_WORDS, NO_WORDS = ("true", "yes", "on", "y", "1"), ("false", "no", "off", "n", "0")
 CI_VARIABLES = "GITLAB_CI GITHUB_ACTION BITBUCKET_BUILD_NUMBER JENKINS_URL CODEBUILD_BUILD_ID CIRCLECI TRAVIS BUILDKITE"
-PROJECT_PROPERTIES = ("project_id", "tools", "example_pipeline")
 PUBLIC_DATASETS = ("kedro.io.", "kedro_datasets.", "kedro_datasets_experimental.")
 PUBLIC_VALIDATORS = ("pandera", "pydantic", "great_expectations", "kedro", "kedro_datasets")
-MASK = "*****"
 GLOBAL_GROUPS = ("cli", "create_cli", "global_commands")  # as kedro.framework.cli.cli calls them, from 0.18 to 1.x
+MASK = "*****"
 LAST_WORDS = ("--help", "-h", "--version", "-V", "--")  # Kedro makes no sense of the words after them
+NOT_YET = "(made with the first event)"
+
+Properties = dict[str, Any]
+Consent = tuple[bool | None, str, bool]  # yes, no or (None) nothing; by what; is it a no that may not be meant as one?
+NOTHING_SAID: Consent = (None, "nothing said", False)
 
 logger = logging.getLogger("kedro_telemetry")
 if logger.level == logging.NOTSET:
@@ -86,12 +86,11 @@ class KedroTelemetryHook:
     @_hook("kedro_cli")
     def after_command_run(self) -> None:
         """Report the command, unless a session in it was reported."""
-        command, self._command = self._command, None
-        is_due, self._is_due = self._is_due, True
+        is_due, command, path = self._is_due, self._command, self._project_path
+        self._is_due, self._command = True, None
         if is_due and command is not None:
-            # The command has ended: Ctrl-C ends the wait, and must not change the exit status.
-            with contextlib.suppress(KeyboardInterrupt):
-                _send("CLI command", lambda: _command_properties(command, self._project_path), self._project_path)
+            with contextlib.suppress(KeyboardInterrupt):  # it ends the wait, and not the command, which has ended
+                _send("CLI command", lambda: _command_properties(command, path), path)
 
     @_hook("kedro")
     def after_context_created(self, context: Any) -> None:
@@ -105,8 +104,8 @@ class KedroTelemetryHook:
     @_hook("kedro")
     def after_catalog_created(self, catalog: Any) -> None:
         """Report the session, once, and with it the command that made it."""
-        command, path = self._command, self._project_path
-        is_due, self._is_due = self._is_due, False
+        is_due, command, path = self._is_due, self._command, self._project_path
+        self._is_due = False
         if is_due:
             name = "Kedro Project Statistics"
             _send(name, lambda: _command_properties(command, path) | _project_statistics(catalog), path)
@@ -138,11 +137,11 @@ def _send(name: str, collect: Callable[[], Properties], project_path: Path | Non
             return False
         consent, is_preview = _check_for_telemetry_consent(project_path), os.environ.get("KEDRO_TELEMETRY_DEBUG")
         if consent is False:
-            no = _find_consent(project_path)
+            _, source, is_unclear = _find_consent(project_path)
             if is_preview:
-                print(f"kedro-telemetry sends nothing, because of {no.source}", file=sys.stderr)
-            elif no.is_unclear:
-                logger.warning("Telemetry stays off: no plain yes or no in %s", no.source, extra={"markup": False})
+                print(f"kedro-telemetry sends nothing, because of {source}", file=sys.stderr)
+            elif is_unclear:
+                logger.warning("Telemetry stays off: no plain yes or no in %s", source, extra={"markup": False})
         elif is_preview:
             print(json.dumps(_make_event(name, collect(), project_path), indent=2), file=sys.stderr)
         elif not _back_off_end():
@@ -163,20 +162,12 @@ def _harmless() -> Iterator[None]:
 
 
 # Consent ------------------------------------------------------------------------------------------------------------
-class Consent(NamedTuple):
-    """What was said, yes, no or (None) nothing; by what; and whether a no is one that its author may not have meant."""
-
-    answer: bool | None = None
-    source: str = "nothing said"
-    is_unclear: bool = False
-
-
 def _check_for_telemetry_consent(project_path: Path | None) -> bool | None:
     """Whether a yes was said (True), any no (False) or nothing (None) to events from the project at `project_path`.
 
     Without a project, None, the current directory counts. Reads a few small files, and writes none.
     """
-    return _find_consent(project_path).answer
+    return _find_consent(project_path)[0]
 
 
 def _find_consent(project_path: Path | None) -> Consent:
@@ -185,10 +176,10 @@ def _find_consent(project_path: Path | None) -> Consent:
     if os.environ.get("GITHUB_REPOSITORY_OWNER") == "kedro-org":
         variables.append("GITHUB_REPOSITORY_OWNER")
     if variables:  # whatever they hold, the empty text included
-        return Consent(False, f"the environment variable {variables[0]}")
+        return False, f"the environment variable {variables[0]}", False
     said = [_user_consent(), _settings_consent(), _project_consent(project_path)]
-    yes = [consent for consent in said if consent.answer]
-    return next((consent for consent in said if consent.answer is False), [*yes, Consent()][0])
+    yes = [consent for consent in said if consent[0]]
+    return next((consent for consent in said if consent[0] is False), [*yes, NOTHING_SAID][0])
 
 
 def _user_consent() -> Consent:
@@ -197,15 +188,15 @@ def _user_consent() -> Consent:
         path = _user_file("telemetry.toml")
         content = (_read(path) or b"").replace(b"\0", b"")  # as in UTF-16
     except (FileNotFoundError, IsADirectoryError):
-        return Consent()
+        return NOTHING_SAID
     except OSError:  # a no may be in it
-        return Consent(False, str(path), True)
-    if (mention := re.search(rb"(?m)^[^#\n]*consent", content) or re.search(rb"consent|\\[uU]", content)) is None:
-        return Consent()
+        return False, str(path), True
+    if not (mention := re.search(rb"(?m)^[^#\n]*consent", content) or re.search(rb"consent|\\[uU]", content)):
+        return NOTHING_SAID
     table, line = _toml(content, "telemetry"), content.count(b"\n", 0, mention.end()) + 1
     answer = "not TOML" if table is None else table.get("consent")
     return (
-        Consent() if answer is None else Consent(answer is True, f"{path}, line {line}", not isinstance(answer, bool))
+        (answer is True, f"{path}, line {line}", not isinstance(answer, bool)) if answer is not None else NOTHING_SAID
     )
 
 
@@ -215,13 +206,13 @@ def _settings_consent() -> Consent:
 
     project: Any = sys.modules.get("kedro.framework.project")
     if (package := getattr(project, "PACKAGE_NAME", None)) is None:
-        return Consent()
+        return NOTHING_SAID
     name = f"{package}.settings"
     with contextlib.suppress(Exception):  # Kedro goes on without settings that can't be imported, and a no in them
         is_loaded = name in sys.modules or find_spec(name) is None
         if is_loaded and "kedro-telemetry" not in project.settings.DISABLE_HOOKS_FOR_PLUGINS:
-            return Consent()
-    return Consent(False, f"DISABLE_HOOKS_FOR_PLUGINS in {name}")
+            return NOTHING_SAID
+    return False, f"DISABLE_HOOKS_FOR_PLUGINS in {name}", False
 
 
 def _project_consent(project_path: Path | None) -> Consent:
@@ -229,13 +220,13 @@ def _project_consent(project_path: Path | None) -> Consent:
     path = os.path.join(project_path or os.curdir, ".telemetry")
     try:
         if (content := _read(Path(path))) is None:
-            return Consent()
+            return NOTHING_SAID
         answer, line, is_plain = _parse_consent(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         answer, line, is_plain = False, error.object.count(b"\n", 0, error.start) + 1, False
     except OSError:
-        return Consent(False, os.path.abspath(path), True)
-    return Consent() if answer is None else Consent(answer, f"{os.path.abspath(path)}, line {line}", not is_plain)
+        return False, os.path.abspath(path), True
+    return NOTHING_SAID if answer is None else (answer, f"{os.path.abspath(path)}, line {line}", not is_plain)
 
 
 QUOTED = r"\"[^\"\\]*\"|'[^']*'"
@@ -292,26 +283,23 @@ def _keep_id(path: Path, names: tuple[str, ...], key: str, create: bool) -> Any:
 
     def read() -> Any:
         found = (_toml(_read(path), *names) or {}).get(key)
-        if key == "project_id":  # which may be any text
-            return found
         with contextlib.suppress(AttributeError, TypeError, ValueError):
-            return UUID(found).hex
+            return found if key == "project_id" else UUID(found).hex  # a project's may be any text
 
     if (found := read()) is None and create:
         with _locked(path.parent):
             if (found := read()) is None:
-                found = _set_in_file(path, names, key, uuid4().hex)
+                _set_in_file(path, names, key, found := uuid4().hex)
     return found
 
 
 def _user_file(name: str) -> Path:
     """A file in the user's configuration folder for Kedro, OSError where there can be none."""
+    folder = os.environ.get("XDG_CONFIG_HOME", "")
     if sys.platform == "win32":
         folder = os.path.join(os.environ.get("LOCALAPPDATA", ""), "kedro")
-    elif sys.platform == "darwin":
-        folder = os.path.expanduser("~/Library/Application Support")
-    elif not os.path.isabs(folder := os.environ.get("XDG_CONFIG_HOME", "")):  # as its specification says
-        folder = os.path.expanduser("~/.config")
+    elif sys.platform == "darwin" or not os.path.isabs(folder):  # as its specification says
+        folder = os.path.expanduser("~/.config" if sys.platform != "darwin" else "~/Library/Application Support")
     if not os.path.isabs(folder):
         raise FileNotFoundError("there is no home folder")
     return Path(folder, "kedro", name)
@@ -319,18 +307,16 @@ def _user_file(name: str) -> Path:
 
 # Properties ---------------------------------------------------------------------------------------------------------
 def _make_event(name: str, own: Properties, project_path: Path | None, create: bool = True) -> Properties:
-    """The body of a post, of the event's own properties and the base ones, which win.
-
-    Unless `create`, nothing is written, and NOT_YET stands for what is missing.
-    """
+    """The body of a post; unless `create`, nothing is written for it, and NOT_YET stands for what is missing."""
     now, identity = time.time(), _get_or_create_uuid(create) or ("" if create else NOT_YET)
-    own = {key: value for key, value in _for_heap(own).items() if key not in PROJECT_PROPERTIES}
+    base = _get_project_properties(identity, project_path, create)
+    own = {key: x for key, x in _for_heap(own).items() if key not in ("project_id", "tools", "example_pipeline")}
     return {
         "app_id": _get_heap_app_id(),
         "event": str(name)[:LONGEST_TEXT],
-        "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f"{now % 1:.6f}Z"[1:],
+        "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06}Z",
         "identity": identity or "missing_user_identity",
-        "properties": own | _get_project_properties(identity, project_path, create),
+        "properties": own | base,
     }
 
 
@@ -341,12 +327,9 @@ def _get_heap_app_id() -> str:
 
 def _for_heap(properties: Properties) -> Properties:
     """`properties` as Heap takes them: values that are short texts, finite numbers or booleans, and never None."""
-
-    def fit(value: Any) -> Any:
-        is_finite = isinstance(value, (int, float)) and -1e308 < value < 1e308
-        return value if is_finite else str(value)[:LONGEST_TEXT]
-
-    return {str(key)[:LONGEST_TEXT]: fit(value) for key, value in properties.items() if value is not None}
+    numbers = {key for key, x in properties.items() if isinstance(x, (int, float)) and -1e308 < x < 1e308}
+    texts = {key: x if key in numbers else str(x)[:LONGEST_TEXT] for key, x in properties.items() if x is not None}
+    return {str(key)[:LONGEST_TEXT]: value for key, value in texts.items()}
 
 
 def _get_project_properties(user_uuid: str, project_path: Path | None, create: bool = True) -> Properties:
@@ -380,16 +363,14 @@ def _project_file_properties(path: Path, create: bool) -> Properties:
     may_write = create and _check_for_telemetry_consent(path.parent) is not False
     with contextlib.suppress(OSError):
         project_id = _keep_id(path.resolve(), ("tool", "kedro_telemetry"), "project_id", may_write)
-    known = f"{project_id}{package or 'undefined_package_name'}".encode()
-    missing = None if create else NOT_YET
+    hashed = hashlib.sha512(f"{project_id}{package or 'undefined_package_name'}".encode()).hexdigest()
     if isinstance(tools, str) and tools.strip()[:1] in ("[", "("):  # Kedro writes a list in a text
         with contextlib.suppress(Exception):
             tools = [*literal_eval(tools.strip())]
-    if isinstance(tools, list):
-        tools = ", ".join(map(str, tools))
     return {
-        "project_id": missing if project_id is None else hashlib.sha512(known).hexdigest(),
-        "tools": tools if isinstance(tools, str) and tools else None,
+        "project_id": hashed if project_id is not None else None if create else NOT_YET,
+        "tools": (", ".join(map(str, tools)) if isinstance(tools, list) else tools if isinstance(tools, str) else "")
+        or None,
         "example_pipeline": kedro.get("example_pipeline"),
     }
 
@@ -398,29 +379,26 @@ def _project_statistics(catalog: Any) -> Properties:
     """How large the project is, and of what kinds its datasets are. Makes and loads none of them."""
     names = catalog.keys() if callable(getattr(catalog, "keys", None)) else catalog.list()
     names = [name for name in names if not name.startswith(("parameters", "params:"))]
-    properties: Properties = {"number_of_datasets": len(names)}
+    counts, project = Counter({"number_of_datasets": len(names)}), sys.modules["kedro.framework.project"]
     with contextlib.suppress(Exception, SystemExit):  # this may run the user's code, here and below
-        from kedro.framework.project import pipelines
-
-        default = pipelines.get("__default__")
-        nodes = None if default is None else len(default.nodes)
-        properties |= {"number_of_pipelines": len(pipelines), "number_of_nodes": nodes}
-    counts: Counter[str] = Counter()
+        default = project.pipelines.get("__default__")
+        nodes = {} if default is None else {"number_of_nodes": len(default.nodes)}
+        counts.update({"number_of_pipelines": len(project.pipelines), **nodes})
     declared, known = getattr(catalog, "_lazy_datasets", {}), {}  # by declared type, as Kedro is slow to tell one
-    own = f"{getattr(sys.modules.get('kedro.framework.project'), 'PACKAGE_NAME', None)}."
     for name in names if hasattr(catalog, "get_type") else []:
         key = str(declared[name].config.get("type")) if name in declared else (name,)
         if key not in known:
             known[key] = "custom"
             with contextlib.suppress(Exception, SystemExit):
-                if not str(key).startswith(own) and (kind := str(catalog.get_type(name))).startswith(PUBLIC_DATASETS):
+                is_own = str(key).startswith(f"{project.PACKAGE_NAME}.")
+                if not is_own and (kind := str(catalog.get_type(name))).startswith(PUBLIC_DATASETS):
                     known[key] = kind
         counts[f"dataset_type_count.{known[key]}"] += 1
-    if specs := getattr(catalog, "validator_specs", None):
-        properties["number_of_validated_datasets"] = len(specs)
-        for library in (str(getattr(spec, "class_path", "")).partition(".")[0] for spec in specs.values()):
-            counts[f"validator_type_count.{library if library in PUBLIC_VALIDATORS else 'custom'}"] += 1
-    return properties | counts
+    for spec in (getattr(catalog, "validator_specs", None) or {}).values():
+        library = str(getattr(spec, "class_path", "")).partition(".")[0]
+        counts["number_of_validated_datasets"] += 1
+        counts[f"validator_type_count.{library if library in PUBLIC_VALIDATORS else 'custom'}"] += 1
+    return dict(counts)
 
 
 # Masking ------------------------------------------------------------------------------------------------------------
@@ -469,8 +447,9 @@ def _root_groups(in_project: bool, with_plugins: bool) -> list[tuple[Any, bool]]
 
     names = [name for name in vars(cli) if in_project or name in GLOBAL_GROUPS]
     groups = [(vars(cli)[name], True) for name in names if isinstance(vars(cli)[name], click.Group)]
+    installed: Any = entry_points() if with_plugins else None
     for scope in ("global", "project")[: with_plugins * (1 + in_project)]:
-        for point in entry_points(group=f"kedro.{scope}_commands"):
+        for point in installed.select(group=f"kedro.{scope}_commands"):
             with contextlib.suppress(Exception):
                 if point.module in sys.modules:  # else Kedro could not load it, and has said so
                     groups.append((point.load(), False))
@@ -494,8 +473,12 @@ def _subcommands(groups: list[tuple[Any, bool]], name: str) -> list[tuple[Any, b
 
 
 # The post -----------------------------------------------------------------------------------------------------------
+_back_off_start = 0.0  # for where the stamp can't be written
+
+
 def _post(event: Properties) -> bool:
     """Post `event` to Heap and tell whether it was accepted, when the deadline has passed at the latest."""
+    global _back_off_start
     outcome: list[int | str] = []
 
     def work() -> None:
@@ -509,7 +492,9 @@ def _post(event: Properties) -> bool:
     thread.start()
     thread.join(DEADLINE)
     if not outcome:
-        _start_back_off()
+        _back_off_start = time.time()
+        with contextlib.suppress(OSError), _locked(_user_file("telemetry.backoff").parent):
+            _write(_user_file("telemetry.backoff"), f"{_back_off_start}\n".encode())
     if outcome != [200]:
         logger.debug("An event was lost: %s", *(outcome or ["TimeoutError"]))
     return outcome == [200]
@@ -543,27 +528,14 @@ def _tls_context() -> ssl.SSLContext:
     return context
 
 
-_back_off_start = 0.0  # for where the stamp can't be written
-
-
-def _start_back_off() -> None:
-    """Stamp the time in a file for this user, and in this process for where there can be no file."""
-    global _back_off_start
-    _back_off_start = time.time()
-    with contextlib.suppress(OSError):
-        path = _user_file("telemetry.backoff")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, f"{_back_off_start}\n".encode())
-
-
 def _back_off_end() -> float:
     """When a post may be tried again, in seconds since the epoch; 0.0 for at once."""
     now, start = time.time(), _back_off_start
     with contextlib.suppress(OSError, ValueError):
         path = _user_file("telemetry.backoff")
-        stamped = float(_read(path) or b"nan")
-        if all(0 <= now - stamp < BACK_OFF for stamp in (stamped, path.stat().st_mtime)):
-            start = stamped
+        stamp = float(_read(path) or b"nan")
+        if all(0 <= now - then < BACK_OFF for then in (stamp, path.stat().st_mtime)):
+            start = stamp
     return start + BACK_OFF if 0 <= now - start < BACK_OFF else 0.0
 
 
@@ -619,7 +591,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _toml(content: bytes | None, *names: str) -> dict[str, Any] | None:
+def _toml(content: bytes | None, *names: str) -> Properties | None:
     """The table `names` of the TOML document `content`, empty where there is none; None where it is not TOML."""
     import tomllib
 
@@ -632,55 +604,54 @@ def _toml(content: bytes | None, *names: str) -> dict[str, Any] | None:
     return data if isinstance(data, dict) else {}
 
 
-def _set_in_file(path: Path, names: tuple[str, ...], key: str, value: str | bool) -> str | bool:
-    """Set `key` in the table `names` of the TOML file at `path`, and no other byte; gives `value`, OSError if it can't.
+VALUE = r"(\"{3}[\s\S]*?\"{3}|'{3}[\s\S]*?'{3}|\"(?:\\.|[^\"\\\n])*\"|'[^'\n]*'|\[[\s\S]*?\]|\{[^}\n]*\}|[^\s#,}]+)"
+
+
+def _set_in_file(path: Path, names: tuple[str, ...], key: str, value: str | bool) -> None:
+    """Set `key` in the table `names` of the TOML file at `path`, and no other byte; OSError if it can't be.
 
     Each place that may be right is tried, and the first that makes the wanted document is taken. The user's own file
     starts anew if it is not TOML.
     """
-    content, literal = _read(path) or b"", json.dumps(value)
-    wanted: Any = _toml(content)
-    if wanted is None and names == ("telemetry",):
+    content = _read(path) or b""
+    if (wanted := _toml(content)) is None and names == ("telemetry",):
         content, wanted = b"", {}
-    table = wanted
+    table: Any = wanted
     for name in names:
         table = table.setdefault(name, {}) if isinstance(table, dict) else None
     if isinstance(table, dict):
         has_key, table[key] = key in table, value
-        for edit in itertools.islice(_toml_edits(content.decode(), names, key, literal, has_key), 50):
+        for edit in islice(_toml_edits(content.decode(), names, key, json.dumps(value), has_key), 50):
             with contextlib.suppress(ValueError, RecursionError):  # as JSON, order is nothing and nan is nan
                 if len({json.dumps(x, sort_keys=True, default=repr) for x in (wanted, _toml(edit))}) == 1:
-                    _write(path, edit)
-                    return value
+                    return _write(path, edit)
     raise OSError(f"{path} has no place for {'.'.join(names)}.{key}")
 
 
-VALUES = r"(\"{3}[\s\S]*?\"{3}|'{3}[\s\S]*?'{3}|\"(?:\\.|[^\"\\\n])*\"|'[^'\n]*'|\[[\s\S]*?\]|\{[^}\n]*\}|[^\s#,}]+)"
-
-
-def _toml_edits(text: str, names: tuple[str, ...], key: str, literal: str, has_key: bool) -> Iterator[bytes]:
-    """`text` with `key = literal` for the old value, or under the table's header, in its braces, or in a new table."""
+def _toml_edits(text: str, names: tuple[str, ...], key: str, value: str, has_key: bool) -> Iterator[bytes]:
+    """`text` with `key = value` for the old value, or under the table's header, in its braces, or in a new table."""
     newline = "\r\n" if "\r\n" in text else "\n"
-    line, end = f"{key} = {literal}{newline}", newline if text.endswith("\n") else 2 * newline
-    for old in re.finditer(rf"\b{key}[\"']?[ \t]*=[ \t]*{VALUES}", text) if has_key else ():
-        yield (text[: old.start(1)] + literal + text[old.end(1) :]).encode()
+    line, end = f"{key} = {value}{newline}", newline if text.endswith("\n") else 2 * newline
+    for old in re.finditer(rf"\b{key}[\"']?[ \t]*=[ \t]*{VALUE}", text) if has_key else ():
+        yield (text[: old.start(1)] + value + text[old.end(1) :]).encode()
     for header in re.finditer(rf"^[ \t]*\[.*{names[-1]}.*(?:\n|\Z)", text, re.MULTILINE):
         yield (text[: header.end()] + newline * (header[0][-1] != "\n") + line + text[header.end() :]).encode()
     for brace in re.finditer(rf"\b{names[-1]}[\"']?[ \t]*=[ \t]*\{{[ \t]*(\}}?)", text):
-        yield (text[: brace.start(1)] + f"{key} = {literal}" + ", " * (not brace[1]) + text[brace.start(1) :]).encode()
+        yield (text[: brace.start(1)] + f"{key} = {value}" + ", " * (not brace[1]) + text[brace.start(1) :]).encode()
     yield (text + end * bool(text) + f"[{'.'.join(names)}]{newline}{line}").encode()
 
 
 # The command line ---------------------------------------------------------------------------------------------------
 def main(arguments: list[str]) -> int:
     """Run `python -m kedro_telemetry` with `arguments`; gives the exit status."""
-    commands: dict[str, Callable[[str], None]] = {"": _print_status, "status": _print_status, "--help": print}
-    commands |= {"enable": _choose, "disable": _choose}
-    if (command := " ".join(arguments)) not in commands or len(arguments) > 1 or arguments == [""]:
+    commands: dict[str, Callable[[str], object]] = {"status": _print_status, "enable": _choose, "disable": _choose}
+    commands["--help"] = lambda _: print(HELP)
+    command, *more = arguments or ["status"]
+    if more or command not in commands:
         print(USAGE, file=sys.stderr)
         return 2
     try:
-        commands[command](HELP if command == "--help" else command)
+        commands[command](command)
     except (OSError, ValueError, RecursionError) as error:
         print(f"Nothing has changed: {error}", file=sys.stderr)
         return 1
@@ -689,37 +660,34 @@ def main(arguments: list[str]) -> int:
 
 def _choose(command: str) -> None:
     """Keep the user's choice, and say what it comes to here."""
-    path = _user_file("telemetry.toml")
+    path, consent = _user_file("telemetry.toml"), command == "enable"
     with _locked(path.parent):
-        _set_in_file(path, ("telemetry",), "consent", command == "enable")
-    print(f"You said {'yes' if command == 'enable' else 'no'} to telemetry, in every project of yours: {path}")
-    found = _find_consent(_find_project())
-    if command == "enable" and not found.answer:
-        print(f"A no is still a no, and here telemetry is off because of {found.source}")
+        _set_in_file(path, ("telemetry",), "consent", consent)
+    print(f"You said {'yes' if consent else 'no'} to telemetry, in every project of yours: {path}")
+    answer, source, _ = _find_consent(_find_project())
+    if consent and not answer:
+        print(f"A no is still a no, and here telemetry is off because of {source}")
 
 
 def _print_status(_: str) -> None:
     """Print where the user stands. Writes and sends nothing, and runs no code of the project."""
     project, held_back, file = _find_project(), _back_off_end(), "no file, as there is no home folder"
-    consent = _find_consent(project)
-    is_off, until = consent.answer is False, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held_back))
+    answer, source = _find_consent(project)[:2]
+    until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held_back))
     event = "CLI command", {"command": f"kedro {MASK}", "main_command": MASK}
     with contextlib.suppress(OSError):
         file = str(_user_file("telemetry.toml"))
-    print(f"Telemetry:  {'off' if is_off else 'on'} here, because of {consent.source}")
+    print(f"Telemetry:  {'off' if answer is False else 'on'} here, because of {source}")
     print(f"Identity:   {_get_or_create_uuid(create=False) or NOT_YET} in {file}")
     print(f"Project:    {project or 'none here'}")
     if project:
         path = project / "pyproject.toml"
         event = "Kedro Project Statistics", {"command": "kedro run", "main_command": "run"}
-        print(
-            f"Project id: {_keep_id(path, ('tool', 'kedro_telemetry'), 'project_id', create=False) or NOT_YET} in {path}"
-        )
-        print(
-            "            Not looked at, as it would run the project's code: DISABLE_HOOKS_FOR_PLUGINS, the statistics"
-        )
+        found = _keep_id(path, ("tool", "kedro_telemetry"), "project_id", create=False)
+        print(f"Project id: {NOT_YET if found is None else found} in {path}")
+        print("Not looked at, as only the project's code can tell: DISABLE_HOOKS_FOR_PLUGINS, the statistics")
     print(f"Endpoint:   {ENDPOINT}\nBack-off:   {f'nothing is sent until {until}' if held_back else 'none'}\n")
-    print(f"A `kedro run` here {'sends nothing; with telemetry on it' if is_off else ''} would send:")
+    print(f"A `kedro run` here {'sends nothing; with telemetry on it ' * (answer is False)}would send:")
     print(json.dumps(_make_event(*event, project, create=False), indent=2))
 
 

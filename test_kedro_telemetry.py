@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -309,7 +310,19 @@ def at_debug(caplog):
 
 
 def test_importing_the_module_loads_nothing_heavy():
-    heavy = "kedro click yaml ssl http.client urllib.request tomllib hashlib uuid importlib.metadata asyncio".split()
+    heavy = [
+        "kedro",
+        "click",
+        "yaml",
+        "ssl",
+        "http.client",
+        "urllib.request",
+        "tomllib",
+        "hashlib",
+        "uuid",
+        "importlib.metadata",
+        "asyncio",
+    ]
     code = f"import sys, pluggy; before = set(sys.modules); import kedro_telemetry; print(*(set({heavy}) & (set(sys.modules) - before)))"
     done = run(sys.executable, "-c", code)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
@@ -583,6 +596,31 @@ def test_a_no_a_refusal_and_a_lost_event_are_false(serve, monkeypatch):
     assert len(heap.connections) == 1
 
 
+# The releases that are there, in an environment that has them.
+if importlib.util.find_spec("kedro_viz"):
+
+    def test_kedro_viz_finds_app_id_and_identity_with_consent_and_nothing_without(project, config, monkeypatch):
+        from kedro_viz.integrations.kedro import telemetry
+
+        (project / ".telemetry").write_text("consent: true")
+        assert telemetry.get_heap_app_id(project) == kedro_telemetry.APP_ID
+        assert telemetry.get_heap_identity() in config.read_text()
+        (project / ".telemetry").write_text("consent: false")
+        assert not telemetry.get_heap_app_id(project)
+        assert not telemetry.get_heap_identity()
+
+
+if importlib.util.find_spec("kedro_skills"):
+
+    def test_kedro_skills_delivers_its_own_event_and_the_commands(project, heap):
+        done = kedro_command("skills", "install", "catalog-config", "--ide", "claude")
+        assert done.returncode == 0, done.stdout + done.stderr
+        own, command = heap.events
+        assert (own["event"], own["properties"]["skill_id"]) == ("kedro_skills_install", "catalog-config")
+        assert command["properties"]["command"] == "kedro skills install ***** --ide *****"
+        assert own["identity"] == command["identity"]
+
+
 # Consent -------------------------------------------------------------------------------------------------------------
 
 
@@ -694,8 +732,8 @@ UNCLEAR = [
 @pytest.mark.parametrize("text", UNCLEAR)
 def test_a_file_that_mentions_consent_in_any_other_way_is_a_no(project, text):
     (project / ".telemetry").write_text(text)
-    consent = kedro_telemetry._find_consent(project)
-    assert (consent.answer, consent.is_unclear) == (False, True)
+    answer, _, is_unclear = kedro_telemetry._find_consent(project)
+    assert (answer, is_unclear) == (False, True)
 
 
 def test_many_generated_files_mean_to_us_what_they_mean_to_yaml(project):
@@ -747,7 +785,18 @@ def test_an_endless_line_does_not_hang(project):
         assert time.process_time() - start < 5
 
 
-@pytest.mark.parametrize("kind", ["directory", "pipe", "link", "latin", "utf-16", "huge", "forbidden"])
+KINDS = [
+    "directory",
+    "pipe",
+    "link",
+    "latin",
+    "utf-16",
+    "huge",
+    *["forbidden"] * (os.getuid() != 0),
+]  # root may read all
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_file_that_cant_be_read_is_a_no_and_kedro_runs_on(project, heap, kind, capfd):
     path = project / ".telemetry"
     if kind == "directory":
@@ -765,13 +814,11 @@ def test_a_file_that_cant_be_read_is_a_no_and_kedro_runs_on(project, heap, kind,
     else:
         path.write_text("consent: true")
         path.chmod(0)
-        if os.access(path, os.R_OK):
-            pytest.skip("this user, root say, may read every file")
     assert invoke(project, "info").exit_code == 0
     assert (heap.connections, os.listdir(os.environ["HOME"])) == ([], [])
-    consent = kedro_telemetry._find_consent(project)
-    assert (consent.answer, consent.is_unclear) == (False, True)
-    assert consent.source == f"{path}{', line 2' if kind == 'latin' else ', line 1' if kind == 'utf-16' else ''}"
+    answer, source, is_unclear = kedro_telemetry._find_consent(project)
+    assert (answer, is_unclear) == (False, True)
+    assert source == f"{path}{', line 2' if kind == 'latin' else ', line 1' if kind == 'utf-16' else ''}"
 
 
 def test_an_unclear_no_is_one_warning_that_tells_the_file_and_the_line(project, heap):
@@ -1968,7 +2015,7 @@ def test_readmes_event_is_one_that_a_run_sends(project, heap):
     assert list(event) == list(sent)
     typeless = {name for name in event["properties"] if not newer(table().get(name, "from Kedro 1.0"))}
     assert typeless == set(sent["properties"])
-    for name in "command main_command number_of_datasets number_of_nodes number_of_pipelines".split():
+    for name in ["command", "main_command", "number_of_datasets", "number_of_nodes", "number_of_pipelines"]:
         assert event["properties"][name] == sent["properties"][name]
     assert event["properties"]["telemetry_version"] == kedro_telemetry.__version__
     for name in typeless:
