@@ -164,6 +164,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
     monkeypatch.setenv("PYTHONPATH", str(MODULE.parent))
     monkeypatch.setattr(kedro_telemetry, "_back_off_start", 0.0)
+    monkeypatch.setattr(kedro_telemetry, "DEADLINE", 20.0)  # for machines that are busy
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.chdir(home)
     yield home
@@ -291,7 +292,7 @@ def session_run(project: Path, **options: object) -> None:
 
 
 def screen(done: subprocess.CompletedProcess) -> tuple[int, list[str], str]:
-    """What a command leaves: its status, the lines on the terminal without their times, and what is on standard error."""
+    """What a command leaves: its status, the lines on the terminal without their times, and its standard error."""
     lines = [re.sub(r"^\[[\d/: ]+\]|\s+", " ", line).strip() for line in done.stdout.splitlines()]
     return done.returncode, lines, done.stderr
 
@@ -323,8 +324,13 @@ def test_importing_the_module_loads_nothing_heavy():
         "importlib.metadata",
         "asyncio",
     ]
-    code = f"import sys, pluggy; before = set(sys.modules); import kedro_telemetry; print(*(set({heavy}) & (set(sys.modules) - before)))"
-    done = run(sys.executable, "-c", code)
+    code = f"""
+    import sys, pluggy
+    before = set(sys.modules)
+    import kedro_telemetry
+    print(*set({heavy}) & (set(sys.modules) - before))
+    """
+    done = run(sys.executable, "-c", textwrap.dedent(code))
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
 
 
@@ -349,12 +355,14 @@ def test_both_entry_points_lead_to_the_hook():
 
 
 def test_the_logger_lets_info_through_and_no_debug_unless_its_level_is_set_already():
-    code = "import logging, sys; logging.getLogger('kedro_telemetry').setLevel(sys.argv[1]); import kedro_telemetry; print(kedro_telemetry.logger.level)"
-    assert [run(sys.executable, "-c", code, level).stdout for level in ("NOTSET", "DEBUG", "ERROR")] == [
-        "20\n",
-        "10\n",
-        "40\n",
-    ]
+    code = """
+    import logging, sys
+    logging.getLogger("kedro_telemetry").setLevel(sys.argv[1])
+    import kedro_telemetry
+    print(kedro_telemetry.logger.level)
+    """
+    for level, kept in (("NOTSET", 20), ("DEBUG", 10), ("ERROR", 40)):
+        assert run(sys.executable, "-c", textwrap.dedent(code), level).stdout == f"{kept}\n"
 
 
 # The hooks -----------------------------------------------------------------------------------------------------------
@@ -554,7 +562,7 @@ def test_a_logging_handler_that_raises_is_not_kedros_business(monkeypatch, at_de
     assert send_telemetry_event("x") is False
 
 
-# send_telemetry_event --------------------------------------------------------------------------------------------------
+# send_telemetry_event ------------------------------------------------------------------------------------------------
 
 
 def test_a_plugin_sends_an_event_of_its_own(project, heap):
@@ -1148,8 +1156,13 @@ def test_many_first_commands_at_once_agree_on_one_identity_and_one_project(proje
     pyproject = project / "pyproject.toml"
     before = pyproject.read_text().partition("\n[tool.kedro_telemetry]")[0]
     pyproject.write_text(before)
-    code = "import time, kedro_telemetry as k; from pathlib import Path; time.sleep(float('{}') - time.time()); e = k._make_event('x', {{}}, Path()); print(e['identity'], e['properties']['project_id'])"
-    command = [sys.executable, "-c", code.format(time.time() + 3)]
+    code = """
+    import pathlib, sys, time, kedro_telemetry
+    time.sleep(float(sys.argv[1]) - time.time())
+    event = kedro_telemetry._make_event("x", {}, pathlib.Path())
+    print(event["identity"], event["properties"]["project_id"])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(time.time() + 3)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(24)]
     said = {process.communicate()[0] for process in running}
     assert len(said) == 1, said
@@ -1269,8 +1282,12 @@ def test_a_full_disk_leaves_the_old_file_whole(project, config):
     pyproject.write_text(START + 4000 * "# a comment\n")
     config.write_text("# mine\n" + 4000 * "# a comment\n")
     before = pyproject.read_bytes(), config.read_bytes()
-    code = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (20000, 20000)); import kedro_telemetry as k; from pathlib import Path; print(k._make_event('x', {}, Path())['identity'])"
-    done = run(sys.executable, "-c", code)
+    code = """
+    import pathlib, resource, kedro_telemetry
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+    print(kedro_telemetry._make_event("x", {}, pathlib.Path())["identity"])
+    """
+    done = run(sys.executable, "-c", textwrap.dedent(code))
     assert done.stdout == "missing_user_identity\n", done.stderr
     assert (pyproject.read_bytes(), config.read_bytes()) == before
     assert (os.listdir(config.parent), sorted(os.listdir(project))) == (
@@ -1785,10 +1802,15 @@ def test_behind_a_firewall_a_command_ends_as_ever_and_only_the_first_one_waits(p
 
 def test_ctrl_c_ends_the_wait_and_not_the_command(home, serve):
     heap = serve("hang")
-    program = "import sys; from kedro.framework.cli.cli import main; import kedro_telemetry; kedro_telemetry.DEADLINE = 30; sys.argv = ['kedro', 'info']; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    code = """
+    import sys, kedro_telemetry
+    from kedro.framework.cli.cli import main
+    kedro_telemetry.DEADLINE = 30
+    sys.argv = ["kedro", "info"]
+    main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not heap.connections and process.poll() is None:
         time.sleep(0.02)
     start = time.monotonic()
