@@ -89,8 +89,9 @@ class KedroTelemetryHook:
         is_due, command, path = self._is_due, self._command, self._project_path
         self._is_due, self._command = True, None
         if is_due and command is not None:
+            no = re.match(r"(?i)new .*(?:--telemetry|-tc)[ =]no?( |$)", " ".join(map(str, command)))
             with contextlib.suppress(KeyboardInterrupt):  # it ends the wait, and not the command, which has ended
-                _send("CLI command", lambda: _command_properties(command, path), path)
+                _send("CLI command", lambda: _command_properties(command, path), path, no="--telemetry" if no else "")
 
     @_hook("kedro")
     def after_context_created(self, context: Any) -> None:
@@ -127,17 +128,18 @@ def send_telemetry_event(
 
 
 # The one door -------------------------------------------------------------------------------------------------------
-def _send(name: str, collect: Callable[[], Properties], project_path: Path | None) -> bool:
+def _send(name: str, collect: Callable[[], Properties], project_path: Path | None, no: str = "") -> bool:
     """Take an event through consent, identity, properties and the post; the only way out, True if Heap accepted it.
 
-    `collect` gives the event's own properties, and is called when consent is there.
+    `collect` gives the event's own properties, and is called when consent is there; `no` is a no that the event is of.
     """
     with _harmless():
         if os.environ.get("_KEDRO_COMPLETE"):  # TAB in a shell
             return False
-        consent, is_preview = _check_for_telemetry_consent(project_path), os.environ.get("KEDRO_TELEMETRY_DEBUG")
+        consent = False if no else _check_for_telemetry_consent(project_path)
+        is_preview = os.environ.get("KEDRO_TELEMETRY_DEBUG")
         if consent is False:
-            _, source, is_unclear = _find_consent(project_path)
+            source, is_unclear = (no, False) if no else _find_consent(project_path)[1:]
             if is_preview:
                 print(f"kedro-telemetry sends nothing, because of {source}", file=sys.stderr)
             elif is_unclear:
@@ -559,18 +561,16 @@ def _write(path: Path, content: bytes) -> None:
     if old and (old.st_nlink > 1 or not old.st_mode & 0o222 or not os.access(path, os.W_OK)):
         raise PermissionError(f"{path} is read-only, or has another name")
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
-    try:
-        with open(temporary, "xb") as file:
-            if old:
-                os.chmod(temporary, stat.S_IMODE(old.st_mode))
-                getattr(os, "chown", lambda *_: None)(temporary, old.st_uid, old.st_gid)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    with contextlib.ExitStack() as stack, open(temporary, "xb") as file:
+        stack.callback(temporary.unlink, missing_ok=True)
+        if old:
+            os.chmod(temporary, stat.S_IMODE(old.st_mode))
+            getattr(os, "chown", lambda *_: None)(temporary, old.st_uid, old.st_gid)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()  # or Windows would not replace
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager

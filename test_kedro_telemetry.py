@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -346,6 +347,14 @@ def test_the_names_that_other_packages_import_are_there():
     assert run(sys.executable, "-c", textwrap.dedent(code)).stdout == f"{kedro_telemetry.__version__}\n"
 
 
+def test_without_pluggy_there_is_still_the_command_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pluggy", None)
+    for name in ("bare.plugin", "bare.api"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert runpy.run_path(str(MODULE), run_name="bare")["main"](["--help"]) == 0
+    assert kedro_telemetry.USAGE in capsys.readouterr().out
+
+
 def test_both_entry_points_lead_to_the_hook():
     from importlib.metadata import entry_points
 
@@ -477,6 +486,27 @@ def test_what_runs_after_a_command_that_never_ended_is_not_that_command(heap):
     hook.after_command_run()
     hook.after_command_run()
     assert heap.commands == ["kedro --version"]
+
+
+@pytest.mark.parametrize(
+    ("words", "is_sent"),
+    [
+        (["new", "--telemetry=no"], False),
+        (["new", "--name=x", "-tc", "N", "--tools=none"], False),
+        (["new", "--telemetry", "NO"], False),
+        (["new", "--telemetry=yes"], True),
+        (["new", "--name=no"], True),
+        (["run", "--telemetry=no"], True),
+    ],
+)
+def test_a_new_project_without_telemetry_is_a_no_from_its_first_command_on(heap, monkeypatch, capsys, words, is_sent):
+    hook = KedroTelemetryHook()
+    for debug in ("", "1"):
+        monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", debug)
+        hook.before_command_run(None, words)
+        hook.after_command_run()
+    assert len(heap.events) == is_sent
+    assert ("because of --telemetry\n" in capsys.readouterr().err) is not is_sent
 
 
 def test_tab_in_the_shell_sends_nothing(project, heap, monkeypatch):
@@ -762,10 +792,8 @@ def test_many_generated_files_mean_to_us_what_they_mean_to_yaml(project):
         "  \n",
     )
     ours_alone = re.compile(r"(?i)\bconsent['\"]? *: *['\"]?(true|yes|on|y|1)\b")  # more kinds of yes than YAML's
-    for key, indent, blank, value, before, after in itertools.product(
-        keys, ("", "  "), (" ", ""), values, extras, extras
-    ):
-        text = f"{before}{indent}{key}:{blank}{value}\n{after}"
+    for key, start, value, before, after in itertools.product(keys, (": ", ":"), values, extras, extras[:6]):
+        text = f"{before}{key}{start}{value}\n{after}"
         try:
             data = yaml.safe_load(text)
             said = data.get("consent") if isinstance(data, dict) else None
