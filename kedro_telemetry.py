@@ -1,13 +1,11 @@
 """Anonymous usage telemetry for Kedro: one event per command or session, and none after any no.
 
-The module reads as the life of an event: what is known beforehand, the hooks that Kedro calls, the one function that
-every event passes, then its rooms in the order in which it passes them: consent, identity, properties, masking and
-the post. Below them are the files and the command line, `python -m kedro_telemetry`.
+The module reads as the life of an event: the hooks that Kedro calls, the one function that every event passes, its
+rooms (consent, identity, properties, masking, post), then the files and the command line, `python -m kedro_telemetry`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -17,13 +15,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from itertools import islice
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import ssl
-    from collections.abc import Callable, Iterator
 try:
     from pluggy import HookimplMarker as _hook
 except ImportError:  # a bare Python, where only the command line is of use
@@ -31,8 +27,7 @@ except ImportError:  # a bare Python, where only the command line is of use
 
 __version__ = "1.0.0"
 
-ENDPOINT = "https://heapanalytics.com/api/track"
-APP_ID = "2388822444"
+ENDPOINT, APP_ID = "https://heapanalytics.com/api/track", "2388822444"
 DEADLINE, BACK_OFF = 2.0, 3600.0  # seconds: that a post may take, and in which none is tried after one that took them
 LOCK_PATIENCE = 2.0  # seconds to wait for another process that writes the same file
 LARGEST_FILE, LONGEST_TEXT = 2**20, 1023  # bytes; characters that Heap takes in a key or a value
@@ -72,14 +67,14 @@ class KedroTelemetryHook:
     def __init__(self) -> None:
         self.__name__ = "kedro-telemetry"  # so that pluggy knows the plugin in HOOKS and the entry point for the same
         self._command: list[str] | None = None  # that is running
-        self._session: object = None  # the last one
+        self._session: Any = None  # the last one
         self._project_path: Path | None = None  # of either
         self._is_due = True  # what is running has not been reported
 
     @_hook("kedro_cli")
     def before_command_run(self, project_metadata: Any, command_args: list[str]) -> None:
         """Remember the command, which is reported when it has ended or when a session in it has made its catalog."""
-        with _harmless():
+        with suppress(Exception):
             self._project_path = project_metadata.project_path if project_metadata else None
             self._command, self._is_due = list(command_args), True
 
@@ -90,23 +85,21 @@ class KedroTelemetryHook:
         self._is_due, self._command = True, None
         if is_due and command is not None:
             no = re.match(r"(?i)new .*(?:--telemetry|-tc)[ =]no?( |$)", " ".join(map(str, command)))
-            with contextlib.suppress(KeyboardInterrupt):  # it ends the wait, and not the command, which has ended
+            with suppress(KeyboardInterrupt):  # it ends the wait, and not the command, which has ended
                 _send("CLI command", lambda: _command_properties(command, path), path, no="--telemetry" if no else "")
 
     @_hook("kedro")
     def after_context_created(self, context: Any) -> None:
         """Remember the session's project. A session may make several contexts, and a context several catalogs."""
-        with _harmless():
-            self._project_path = context.project_path
-            session = getattr(context, "_hook_manager", context)  # each session has a hook manager of its own
+        with suppress(Exception):
+            self._project_path, session = context.project_path, getattr(context, "_hook_manager", context)
             self._is_due |= self._command is None and self._session is not session
-            self._session = session
+            self._session = session  # known by its hook manager
 
     @_hook("kedro")
     def after_catalog_created(self, catalog: Any) -> None:
         """Report the session, once, and with it the command that made it."""
-        is_due, command, path = self._is_due, self._command, self._project_path
-        self._is_due = False
+        is_due, command, path, self._is_due = self._is_due, self._command, self._project_path, False
         if is_due:
             name = "Kedro Project Statistics"
             _send(name, lambda: _command_properties(command, path) | _project_statistics(catalog), path)
@@ -131,14 +124,13 @@ def send_telemetry_event(
 def _send(name: str, collect: Callable[[], Properties], project_path: Path | None, no: str = "") -> bool:
     """Take an event through consent, identity, properties and the post; the only way out, True if Heap accepted it.
 
-    `collect` gives the event's own properties, and is called when consent is there; `no` is a no that the event is of.
+    `collect` gives the event's own properties when consent is there; `no` is a no that is part of what is reported.
     """
-    with _harmless():
+    try:
+        is_preview = os.environ.get("KEDRO_TELEMETRY_DEBUG")
         if os.environ.get("_KEDRO_COMPLETE"):  # TAB in a shell
             return False
-        consent = False if no else _check_for_telemetry_consent(project_path)
-        is_preview = os.environ.get("KEDRO_TELEMETRY_DEBUG")
-        if consent is False:
+        if (consent := not no and _check_for_telemetry_consent(project_path)) is False:
             source, is_unclear = (no, False) if no else _find_consent(project_path)[1:]
             if is_preview:
                 print(f"kedro-telemetry sends nothing, because of {source}", file=sys.stderr)
@@ -150,38 +142,26 @@ def _send(name: str, collect: Callable[[], Properties], project_path: Path | Non
             if consent is None:
                 logger.info(NOTICE)
             return _post(_make_event(name, collect(), project_path))
-    return False
-
-
-@contextlib.contextmanager
-def _harmless() -> Iterator[None]:
-    """Whatever goes wrong inside is one line at DEBUG and none of Kedro's business."""
-    try:
-        yield
     except (Exception, SystemExit) as error:  # rich ends the process where the terminal is gone
-        with contextlib.suppress(Exception, SystemExit):
+        with suppress(Exception, SystemExit):
             logger.debug("An event was lost: %s", type(error).__name__)
+    return False
 
 
 # Consent ------------------------------------------------------------------------------------------------------------
 def _check_for_telemetry_consent(project_path: Path | None) -> bool | None:
-    """Whether a yes was said (True), any no (False) or nothing (None) to events from the project at `project_path`.
-
-    Without a project, None, the current directory counts. Reads a few small files, and writes none.
-    """
+    """True if a yes was said to events from `project_path` (None for the current directory), False if any no was."""
     return _find_consent(project_path)[0]
 
 
 def _find_consent(project_path: Path | None) -> Consent:
     """The first no, else the first yes, of the environment, the user, the settings and the file of the project."""
-    variables = [name for name in ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY") if name in os.environ]
-    if os.environ.get("GITHUB_REPOSITORY_OWNER") == "kedro-org":
-        variables.append("GITHUB_REPOSITORY_OWNER")
-    if variables:  # whatever they hold, the empty text included
-        return False, f"the environment variable {variables[0]}", False
+    names = [name for name in ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY") if name in os.environ]
+    names += ["GITHUB_REPOSITORY_OWNER"] * (os.environ.get("GITHUB_REPOSITORY_OWNER") == "kedro-org")
+    if names:  # whatever they hold, the empty text included
+        return False, f"the environment variable {names[0]}", False
     said = [_user_consent(), _settings_consent(), _project_consent(project_path)]
-    yes = [consent for consent in said if consent[0]]
-    return next((consent for consent in said if consent[0] is False), [*yes, NOTHING_SAID][0])
+    return next((no for no in said if no[0] is False), next((yes for yes in said if yes[0]), NOTHING_SAID))
 
 
 def _user_consent() -> Consent:
@@ -193,26 +173,23 @@ def _user_consent() -> Consent:
         return NOTHING_SAID
     except OSError:  # a no may be in it
         return False, str(path), True
-    if not (mention := re.search(rb"(?m)^[^#\n]*consent", content) or re.search(rb"consent|\\[uU]", content)):
+    mentions = [*re.finditer(rb"consent|\\[uU]", content)]
+    table = _toml(content, "telemetry") if mentions else {}
+    if (answer := "not TOML" if table is None else table.get("consent")) is None:
         return NOTHING_SAID
-    table, line = _toml(content, "telemetry"), content.count(b"\n", 0, mention.end()) + 1
-    answer = "not TOML" if table is None else table.get("consent")
-    return (
-        (answer is True, f"{path}, line {line}", not isinstance(answer, bool)) if answer is not None else NOTHING_SAID
-    )
+    line = content.count(b"\n", 0, mentions[-1].start()) + 1
+    return answer is True, f"{path}, line {line}", not isinstance(answer, bool)
 
 
 def _settings_consent() -> Consent:
     """Kedro's own switch, DISABLE_HOOKS_FOR_PLUGINS, in the settings that it has loaded for the project that runs."""
-    from importlib.util import find_spec
-
     project: Any = sys.modules.get("kedro.framework.project")
     if (package := getattr(project, "PACKAGE_NAME", None)) is None:
         return NOTHING_SAID
     name = f"{package}.settings"
-    with contextlib.suppress(Exception):  # Kedro goes on without settings that can't be imported, and a no in them
-        is_loaded = name in sys.modules or find_spec(name) is None
-        if is_loaded and "kedro-telemetry" not in project.settings.DISABLE_HOOKS_FOR_PLUGINS:
+    with suppress(Exception):  # Kedro goes on without settings that can't be imported, and a no in them
+        is_there = name in sys.modules or project.importlib.util.find_spec(name) is None
+        if is_there and "kedro-telemetry" not in project.settings.DISABLE_HOOKS_FOR_PLUGINS:
             return NOTHING_SAID
     return False, f"DISABLE_HOOKS_FOR_PLUGINS in {name}", False
 
@@ -221,9 +198,7 @@ def _project_consent(project_path: Path | None) -> Consent:
     """The file .telemetry in the project's root, or in the current directory where there is no project."""
     path = os.path.join(project_path or os.curdir, ".telemetry")
     try:
-        if (content := _read(Path(path))) is None:
-            return NOTHING_SAID
-        answer, line, is_plain = _parse_consent(content.decode("utf-8-sig"))
+        answer, line, is_plain = _parse_consent((_read(Path(path)) or b"").decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         answer, line, is_plain = False, error.object.count(b"\n", 0, error.start) + 1, False
     except OSError:
@@ -242,8 +217,8 @@ NO_YAML = "[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"  # the
 def _parse_consent(text: str) -> tuple[bool | None, int, bool]:
     """What a .telemetry file says: its answer, None for nothing, the line of it, and whether it says it plainly.
 
-    Plain are lines of `key: value` or of `key = value`, or one line of `{key: value}`, side by side, in which YAML can
-    see nothing else. A file with anything more says yes to nothing, and no if consent is mentioned in it.
+    Plain are lines of `key: value` or of `key = value`, or one `{key: value}`, in which YAML can see nothing else. A
+    file with anything more says yes to nothing, and no if consent is mentioned in it.
     """
     lines = [*enumerate(re.split("\r\n|[\r\n\x85\u2028\u2029]", text), 1)]
     lines = [(number, line) for number, line in lines if re.match(" *[^ #]", line)]
@@ -271,21 +246,18 @@ def _parse_consent(text: str) -> tuple[bool | None, int, bool]:
 def _get_or_create_uuid(create: bool = True) -> str:
     """The user's UUID as 32 hex digits; made if need be and `create`, "" after a no and where none can be kept."""
     if not create or _check_for_telemetry_consent(_find_project()) is not False:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             return _keep_id(_user_file("telemetry.toml"), ("telemetry",), "uuid", create) or ""
     return ""
 
 
 def _keep_id(path: Path, names: tuple[str, ...], key: str, create: bool) -> Any:
-    """The id in the table `names` of the TOML file at `path`; made if need be and `create`, None if there is none.
-
-    However many processes ask at once, they all get the one that the file then has. OSError if it can't be kept.
-    """
+    """The id at `key` in the TOML file at `path`, one for all that ask at once, made if `create`; None for none."""
     from uuid import UUID, uuid4
 
     def read() -> Any:
         found = (_toml(_read(path), *names) or {}).get(key)
-        with contextlib.suppress(AttributeError, TypeError, ValueError):
+        with suppress(AttributeError, TypeError, ValueError):
             return found if key == "project_id" else UUID(found).hex  # a project's may be any text
 
     if (found := read()) is None and create:
@@ -297,11 +269,10 @@ def _keep_id(path: Path, names: tuple[str, ...], key: str, create: bool) -> Any:
 
 def _user_file(name: str) -> Path:
     """A file in the user's configuration folder for Kedro, OSError where there can be none."""
-    folder = os.environ.get("XDG_CONFIG_HOME", "")
-    if sys.platform == "win32":
-        folder = os.path.join(os.environ.get("LOCALAPPDATA", ""), "kedro")
-    elif sys.platform == "darwin" or not os.path.isabs(folder):  # as its specification says
-        folder = os.path.expanduser("~/.config" if sys.platform != "darwin" else "~/Library/Application Support")
+    local, linux = os.environ.get("LOCALAPPDATA", ""), os.environ.get("XDG_CONFIG_HOME", "")
+    mac = os.path.expanduser("~/Library/Application Support")
+    linux = linux if os.path.isabs(linux) else os.path.expanduser("~/.config")  # as its specification says
+    folder = {"win32": os.path.join(local, "kedro"), "darwin": mac}.get(sys.platform, linux)
     if not os.path.isabs(folder):
         raise FileNotFoundError("there is no home folder")
     return Path(folder, "kedro", name)
@@ -336,6 +307,9 @@ def _for_heap(properties: Properties) -> Properties:
 
 def _get_project_properties(user_uuid: str, project_path: Path | None, create: bool = True) -> Properties:
     """The properties of every event; a project without an id gets one if `create`, and if nobody said no."""
+    from ast import literal_eval
+    from hashlib import sha512
+
     properties: Properties = {
         "username": user_uuid,
         "project_version": None,
@@ -344,37 +318,26 @@ def _get_project_properties(user_uuid: str, project_path: Path | None, create: b
         "os": sys.platform,
         "is_ci_env": os.environ.get("CI") == "true" or any(map(os.environ.get, CI_VARIABLES.split())),
     }
-    with contextlib.suppress(ImportError):
+    with suppress(ImportError):
         properties["project_version"] = __import__("kedro").__version__
-    if project_path:
-        with _harmless():
-            properties |= _project_file_properties(Path(project_path, "pyproject.toml"), create)
+    path = Path(os.path.realpath(os.path.join(project_path or os.devnull, "pyproject.toml")))
+    kedro: Any = None
+    with suppress(OSError):
+        kedro = _toml(_read(path), "tool", "kedro")
+    if kedro:
+        running = getattr(sys.modules.get("kedro.framework.project"), "PACKAGE_NAME", None)
+        package, tools, hashed = running if create else kedro.get("package_name"), kedro.get("tools"), None
+        may_write = create and _check_for_telemetry_consent(project_path) is not False
+        with suppress(OSError):
+            if (found := _keep_id(path, ("tool", "kedro_telemetry"), "project_id", may_write)) is not None:
+                hashed = sha512(f"{found}{package or 'undefined_package_name'}".encode()).hexdigest()
+        with suppress(Exception):  # Kedro writes a list in a text
+            tools = [*literal_eval(tools.strip())] if tools.strip()[0] in "[(" else tools
+        tools = ", ".join(map(str, tools)) if isinstance(tools, list) else tools
+        properties["project_id"] = hashed or (None if create else NOT_YET)
+        properties["tools"] = tools if isinstance(tools, str) and tools else None
+        properties["example_pipeline"] = kedro.get("example_pipeline")
     return _for_heap(properties)
-
-
-def _project_file_properties(path: Path, create: bool) -> Properties:
-    """The properties that the project's pyproject.toml gives: `project_id`, `tools` and `example_pipeline`."""
-    import hashlib
-    from ast import literal_eval
-
-    if not (kedro := _toml(_read(path), "tool", "kedro")):
-        return {}
-    project_id, package, tools = None, kedro.get("package_name"), kedro.get("tools")
-    if create:  # what Kedro runs, which may not be this project
-        package = getattr(sys.modules.get("kedro.framework.project"), "PACKAGE_NAME", None)
-    may_write = create and _check_for_telemetry_consent(path.parent) is not False
-    with contextlib.suppress(OSError):
-        project_id = _keep_id(path.resolve(), ("tool", "kedro_telemetry"), "project_id", may_write)
-    hashed = hashlib.sha512(f"{project_id}{package or 'undefined_package_name'}".encode()).hexdigest()
-    if isinstance(tools, str) and tools.strip()[:1] in ("[", "("):  # Kedro writes a list in a text
-        with contextlib.suppress(Exception):
-            tools = [*literal_eval(tools.strip())]
-    return {
-        "project_id": hashed if project_id is not None else None if create else NOT_YET,
-        "tools": (", ".join(map(str, tools)) if isinstance(tools, list) else tools if isinstance(tools, str) else "")
-        or None,
-        "example_pipeline": kedro.get("example_pipeline"),
-    }
 
 
 def _project_statistics(catalog: Any) -> Properties:
@@ -382,16 +345,16 @@ def _project_statistics(catalog: Any) -> Properties:
     names = catalog.keys() if callable(getattr(catalog, "keys", None)) else catalog.list()
     names = [name for name in names if not name.startswith(("parameters", "params:"))]
     counts, project = Counter({"number_of_datasets": len(names)}), sys.modules["kedro.framework.project"]
-    with contextlib.suppress(Exception, SystemExit):  # this may run the user's code, here and below
+    with suppress(Exception, SystemExit):  # this may run the user's code, here and below
         default = project.pipelines.get("__default__")
-        nodes = {} if default is None else {"number_of_nodes": len(default.nodes)}
-        counts.update({"number_of_pipelines": len(project.pipelines), **nodes})
+        counts.update({} if default is None else {"number_of_nodes": len(default.nodes)})
+        counts["number_of_pipelines"] = len(project.pipelines)
     declared, known = getattr(catalog, "_lazy_datasets", {}), {}  # by declared type, as Kedro is slow to tell one
     for name in names if hasattr(catalog, "get_type") else []:
         key = str(declared[name].config.get("type")) if name in declared else (name,)
         if key not in known:
             known[key] = "custom"
-            with contextlib.suppress(Exception, SystemExit):
+            with suppress(Exception, SystemExit):
                 is_own = str(key).startswith(f"{project.PACKAGE_NAME}.")
                 if not is_own and (kind := str(catalog.get_type(name))).startswith(PUBLIC_DATASETS):
                     known[key] = kind
@@ -405,54 +368,45 @@ def _project_statistics(catalog: Any) -> Properties:
 
 # Masking ------------------------------------------------------------------------------------------------------------
 def _command_properties(command: list[str] | None, project_path: Path | None) -> Properties:
-    """`command` and `main_command`, masked; nothing where no command runs."""
+    """`command` and `main_command`, with MASK for each word that neither Kedro nor an installed plugin defines."""
     if command is None:
         return {}
-    words = _mask([str(word) for word in command], in_project=project_path is not None)
-    return {"command": " ".join(["kedro", *words]), "main_command": [*words, "kedro"][0]}
-
-
-def _mask(words: list[str], in_project: bool) -> list[str]:
-    """The words of a command line, with MASK for each that neither Kedro nor an installed plugin defines."""
-    level, path = _root_groups(in_project, with_plugins=not " ".join(words).startswith("-")), 0
-    while path < len(words) and (below := _subcommands(level, words[path])):
-        level, path = below, path + 1
+    rest, masked = [str(word) for word in command], list[str]()
+    level = _root_groups(project_path is not None, with_plugins=not " ".join(rest).startswith("-"))
+    while rest and (below := _subcommands(level, rest[0])):
+        level, masked, rest = below, [*masked, rest[0]], rest[1:]
     takes = {"--help": 0, "-h": 0}  # how many values each option takes
     for option in (param for command, _ in level for param in command.params if param.param_type_name == "option"):
         count = 0 if option.is_flag or option.count else option.nargs
         takes |= dict.fromkeys((*option.opts, *option.secondary_opts), count)
-    if words and path == 0 and words[0].partition("=")[0] not in takes:
-        return [MASK]
+    if not masked and rest and rest[0].partition("=")[0] not in takes:
+        rest = rest[:1]  # of an unknown command, nothing is told
     starters = sys.modules.get("kedro.framework.cli.starters")  # loaded whenever `kedro new` has run
     specs: Any = getattr(starters, "_OFFICIAL_STARTER_SPECS_DICT", getattr(starters, "_OFFICIAL_STARTER_SPECS", {}))
     official = [name for name in specs if specs[name].origin == "kedro"]  # plugins put theirs there, too
-    masked, values, clear = words[:path], 0, []  # how many of the next words are values, and which may be seen
-    for word in words[path:]:
+    values, clear = 0, []  # how many of the next words are values, and which may be seen
+    for word in rest:
         option, equals, value = word.partition("=")
         is_last = option in LAST_WORDS and not takes.get(option)
         if values or option not in takes:
             masked.append(word if values and word in clear else MASK)
-            values = len(words) if is_last else max(values - 1, 0)
+            values = len(rest) if is_last else max(values - 1, 0)
         else:
             clear = official if option in ("--starter", "-s") else []
             masked += [option, value if value in clear else MASK] if equals else [option]
-            values = len(words) if is_last else 0 if equals else takes[option]
-    return masked
+            values = len(rest) if is_last else 0 if equals else takes[option]
+    return {"command": " ".join(["kedro", *masked]), "main_command": [*masked, "kedro"][0]}
 
 
 def _root_groups(in_project: bool, with_plugins: bool) -> list[tuple[Any, bool]]:
     """The click groups of Kedro and of plugins, and whether it is Kedro's; the project's own `cli.py` is left out."""
-    from importlib.metadata import entry_points
-
-    import click
-    from kedro.framework.cli import cli
-
-    names = [name for name in vars(cli) if in_project or name in GLOBAL_GROUPS]
-    groups = [(vars(cli)[name], True) for name in names if isinstance(vars(cli)[name], click.Group)]
-    installed: Any = entry_points() if with_plugins else None
+    click, cli = sys.modules["click"], sys.modules["kedro.framework.cli.cli"]
+    named = [x for name, x in vars(cli).items() if in_project or name in GLOBAL_GROUPS]
+    groups = [(x, True) for x in named if isinstance(x, click.Group)]
+    installed: Any = sys.modules["importlib.metadata"].entry_points() if with_plugins else None
     for scope in ("global", "project")[: with_plugins * (1 + in_project)]:
         for point in installed.select(group=f"kedro.{scope}_commands"):
-            with contextlib.suppress(Exception):
+            with suppress(Exception):
                 if point.module in sys.modules:  # else Kedro could not load it, and has said so
                     groups.append((point.load(), False))
     return groups
@@ -460,16 +414,14 @@ def _root_groups(in_project: bool, with_plugins: bool) -> list[tuple[Any, bool]]
 
 def _subcommands(groups: list[tuple[Any, bool]], name: str) -> list[tuple[Any, bool]]:
     """The commands `name` of `groups`, but for those that the project's code has put there."""
-    import click
-    from kedro.framework.project import PACKAGE_NAME
-
+    click, own = sys.modules["click"], sys.modules["kedro.framework.project"].PACKAGE_NAME
     found = []
     for group, is_kedros in groups:
-        with contextlib.suppress(Exception):  # no group, no such command, or one that can't be loaded
+        with suppress(Exception):  # no group, no such command, or one that can't be loaded
             context = click.Context(group)
             command = group.get_command(context, name) if name in group.list_commands(context) else None
             home = str(getattr(command.callback, "__module__", None)).partition(".")[0]  # type: ignore[union-attr]
-            if home == "kedro" if is_kedros else home != PACKAGE_NAME:
+            if home == "kedro" if is_kedros else home != own:
                 found.append((command, is_kedros))
     return found
 
@@ -485,7 +437,15 @@ def _post(event: Properties) -> bool:
 
     def work() -> None:
         try:
-            outcome.append(_request(json.dumps(event).encode()))
+            import urllib.request
+
+            opener = urllib.request.OpenerDirector()  # proxies and HTTPS are all that it knows: no redirect
+            opener.add_handler(urllib.request.ProxyHandler())
+            opener.add_handler(urllib.request.HTTPSHandler(context=_tls_context()))
+            headers = {"Content-Type": "application/json", "User-Agent": f"kedro-telemetry/{__version__}"}
+            request = urllib.request.Request(ENDPOINT, json.dumps(event).encode(), headers)
+            with opener.open(request, timeout=2 * DEADLINE) as response:
+                outcome.append(response.status)
         except Exception as error:
             outcome.append(type(error).__name__)
 
@@ -495,37 +455,26 @@ def _post(event: Properties) -> bool:
     thread.join(DEADLINE)
     if not outcome:
         _back_off_start = time.time()
-        with contextlib.suppress(OSError), _locked(_user_file("telemetry.backoff").parent):
+        with suppress(OSError), _locked(_user_file("telemetry.backoff").parent):
             _write(_user_file("telemetry.backoff"), f"{_back_off_start}\n".encode())
     if outcome != [200]:
         logger.debug("An event was lost: %s", *(outcome or ["TimeoutError"]))
     return outcome == [200]
 
 
-def _request(body: bytes) -> int:
-    """The HTTP status that Heap answers to `body`. Proxies and HTTPS are all that it knows: no redirect, no reading."""
-    import urllib.request
-
-    opener = urllib.request.OpenerDirector()
-    opener.add_handler(urllib.request.ProxyHandler())
-    opener.add_handler(urllib.request.HTTPSHandler(context=_tls_context()))
-    headers = {"Content-Type": "application/json", "User-Agent": f"kedro-telemetry/{__version__}"}
-    with opener.open(urllib.request.Request(ENDPOINT, body, headers), timeout=2 * DEADLINE) as response:
-        return int(response.status)
-
-
-def _tls_context() -> ssl.SSLContext:
-    """Whom to trust: SSL_CERT_FILE, or a directory of hashed certificates, else the platform's store, else certifi."""
+def _tls_context() -> Any:
+    """An SSLContext: SSL_CERT_FILE, or a directory of hashed certificates, else the platform's store, else certifi."""
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    folder, chosen = ssl.get_default_verify_paths().capath, os.environ.get("SSL_CERT_FILE")
-    if folder and not chosen and any(re.fullmatch(r"[0-9a-f]{8}\.\d+", name) for name in os.listdir(folder)):
+    chosen = os.environ.get("SSL_CERT_FILE")
+    folder = None if chosen else ssl.get_default_verify_paths().capath
+    if folder and any(re.fullmatch(r"[0-9a-f]{8}\.\d+", name) for name in os.listdir(folder)):
         context.load_verify_locations(capath=folder)  # each is read when it is needed, which costs nothing
         return context
     context.load_default_certs()
-    if not chosen and not context.cert_store_stats()["x509_ca"]:
-        with contextlib.suppress(ImportError):
+    with suppress(ImportError):
+        if not chosen and not context.cert_store_stats()["x509_ca"]:
             context.load_verify_locations(__import__("certifi").where())
     return context
 
@@ -533,7 +482,7 @@ def _tls_context() -> ssl.SSLContext:
 def _back_off_end() -> float:
     """When a post may be tried again, in seconds since the epoch; 0.0 for at once."""
     now, start = time.time(), _back_off_start
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         path = _user_file("telemetry.backoff")
         stamp = float(_read(path) or b"nan")
         if all(0 <= now - then < BACK_OFF for then in (stamp, path.stat().st_mtime)):
@@ -546,8 +495,7 @@ def _read(path: Path) -> bytes | None:
     """The content of the file at `path`, None where there is no file, OSError for what can't be read in no time."""
     if not os.path.lexists(path):
         return None
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG((status := os.stat(path)).st_mode):
         raise IsADirectoryError(f"{path} is not a file")
     if status.st_size > LARGEST_FILE:
         raise OSError(f"{path} is too large")
@@ -561,7 +509,7 @@ def _write(path: Path, content: bytes) -> None:
     if old and (old.st_nlink > 1 or not old.st_mode & 0o222 or not os.access(path, os.W_OK)):
         raise PermissionError(f"{path} is read-only, or has another name")
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
-    with contextlib.ExitStack() as stack, open(temporary, "xb") as file:
+    with ExitStack() as stack, open(temporary, "xb") as file:
         stack.callback(temporary.unlink, missing_ok=True)
         if old:
             os.chmod(temporary, stat.S_IMODE(old.st_mode))
@@ -573,18 +521,17 @@ def _write(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other processes from writing in `folder`, made if need be; without locks (Windows) the last writer wins."""
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError, OSError):
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):
             import fcntl
 
             stack.callback(os.close, handle := os.open(folder, os.O_RDONLY))
-            patience = time.monotonic() + LOCK_PATIENCE
-            while time.monotonic() < patience:
-                with contextlib.suppress(BlockingIOError):
+            for _ in range(int(LOCK_PATIENCE / 0.005)):
+                with suppress(BlockingIOError):
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 time.sleep(0.005)
@@ -610,90 +557,84 @@ VALUE = r"(\"{3}[\s\S]*?\"{3}|'{3}[\s\S]*?'{3}|\"(?:\\.|[^\"\\\n])*\"|'[^'\n]*'|
 def _set_in_file(path: Path, names: tuple[str, ...], key: str, value: str | bool) -> None:
     """Set `key` in the table `names` of the TOML file at `path`, and no other byte; OSError if it can't be.
 
-    Each place that may be right is tried, and the first that makes the wanted document is taken. The user's own file
-    starts anew if it is not TOML.
+    The old value is replaced, or a line put under the table's header, into its braces or into a new table: the first
+    of these that makes the wanted document is taken. The user's own file starts anew if it is not TOML.
     """
-    content = _read(path) or b""
+    content, literal = _read(path) or b"", json.dumps(value)
     if (wanted := _toml(content)) is None and names == ("telemetry",):
         content, wanted = b"", {}
     table: Any = wanted
     for name in names:
         table = table.setdefault(name, {}) if isinstance(table, dict) else None
-    if isinstance(table, dict):
-        has_key, table[key] = key in table, value
-        for edit in islice(_toml_edits(content.decode(), names, key, json.dumps(value), has_key), 50):
-            with contextlib.suppress(ValueError, RecursionError):  # as JSON, order is nothing and nan is nan
-                if len({json.dumps(x, sort_keys=True, default=repr) for x in (wanted, _toml(edit))}) == 1:
-                    return _write(path, edit)
-    raise OSError(f"{path} has no place for {'.'.join(names)}.{key}")
-
-
-def _toml_edits(text: str, names: tuple[str, ...], key: str, value: str, has_key: bool) -> Iterator[bytes]:
-    """`text` with `key = value` for the old value, or under the table's header, in its braces, or in a new table."""
+    if not isinstance(table, dict):
+        raise OSError(f"{path} has no table for {key}")
+    has_key, table[key], text = key in table, value, content.decode()
     newline = "\r\n" if "\r\n" in text else "\n"
-    line, end = f"{key} = {value}{newline}", newline if text.endswith("\n") else 2 * newline
-    for old in re.finditer(rf"\b{key}[\"']?[ \t]*=[ \t]*{VALUE}", text) if has_key else ():
-        yield (text[: old.start(1)] + value + text[old.end(1) :]).encode()
+    line, end = f"{key} = {literal}{newline}", newline if text.endswith("\n") else 2 * newline
+    places = [(*x.span(1), literal) for x in re.finditer(rf"\b{key}[\"']?[ \t]*=[ \t]*{VALUE}", text) if has_key]
     for header in re.finditer(rf"^[ \t]*\[.*{names[-1]}.*(?:\n|\Z)", text, re.MULTILINE):
-        yield (text[: header.end()] + newline * (header[0][-1] != "\n") + line + text[header.end() :]).encode()
+        places.append((header.end(), header.end(), newline * (header[0][-1] != "\n") + line))
     for brace in re.finditer(rf"\b{names[-1]}[\"']?[ \t]*=[ \t]*\{{[ \t]*(\}}?)", text):
-        yield (text[: brace.start(1)] + f"{key} = {value}" + ", " * (not brace[1]) + text[brace.start(1) :]).encode()
-    yield (text + end * bool(text) + f"[{'.'.join(names)}]{newline}{line}").encode()
+        places.append((brace.start(1), brace.start(1), f"{key} = {literal}" + ", " * (not brace[1])))
+    places = [*places[:50], (len(text), len(text), end * bool(text) + f"[{'.'.join(names)}]{newline}{line}")]
+    for start, stop, put in places:
+        edited = f"{text[:start]}{put}{text[stop:]}".encode()
+        with suppress(ValueError, RecursionError):  # compared as JSON, order is nothing and nan is nan
+            if len({json.dumps(x, sort_keys=True, default=repr) for x in (wanted, _toml(edited))}) == 1:
+                return _write(path, edited)
+    raise OSError(f"{path} has no place for {key}")
 
 
 # The command line ---------------------------------------------------------------------------------------------------
 def main(arguments: list[str]) -> int:
     """Run `python -m kedro_telemetry` with `arguments`; gives the exit status."""
-    commands: dict[str, Callable[[str], object]] = {"status": _print_status, "enable": _choose, "disable": _choose}
-    commands["--help"] = lambda _: print(HELP)
     command, *more = arguments or ["status"]
-    if more or command not in commands:
+    if more or command not in ("status", "enable", "disable", "--help"):
         print(USAGE, file=sys.stderr)
         return 2
     try:
-        commands[command](command)
+        if command == "--help":
+            print(HELP)
+        elif command == "status":
+            _print_status()
+        else:
+            path, consent = _user_file("telemetry.toml"), command == "enable"
+            with _locked(path.parent):
+                _set_in_file(path, ("telemetry",), "consent", consent)
+            print(f"You said {'yes' if consent else 'no'} to telemetry, in every project of yours: {path}")
+            answer, source, _ = _find_consent(_find_project())
+            if consent and not answer:
+                print(f"A no is still a no, and here telemetry is off because of {source}")
     except (OSError, ValueError, RecursionError) as error:
         print(f"Nothing has changed: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _choose(command: str) -> None:
-    """Keep the user's choice, and say what it comes to here."""
-    path, consent = _user_file("telemetry.toml"), command == "enable"
-    with _locked(path.parent):
-        _set_in_file(path, ("telemetry",), "consent", consent)
-    print(f"You said {'yes' if consent else 'no'} to telemetry, in every project of yours: {path}")
-    answer, source, _ = _find_consent(_find_project())
-    if consent and not answer:
-        print(f"A no is still a no, and here telemetry is off because of {source}")
-
-
-def _print_status(_: str) -> None:
+def _print_status() -> None:
     """Print where the user stands. Writes and sends nothing, and runs no code of the project."""
     project, held_back, file = _find_project(), _back_off_end(), "no file, as there is no home folder"
     answer, source = _find_consent(project)[:2]
-    until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held_back))
+    until = time.strftime("nothing is sent until %Y-%m-%d %H:%M:%S", time.localtime(held_back))
     event = "CLI command", {"command": f"kedro {MASK}", "main_command": MASK}
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         file = str(_user_file("telemetry.toml"))
     print(f"Telemetry:  {'off' if answer is False else 'on'} here, because of {source}")
     print(f"Identity:   {_get_or_create_uuid(create=False) or NOT_YET} in {file}")
     print(f"Project:    {project or 'none here'}")
     if project:
-        path = project / "pyproject.toml"
         event = "Kedro Project Statistics", {"command": "kedro run", "main_command": "run"}
-        found = _keep_id(path, ("tool", "kedro_telemetry"), "project_id", create=False)
-        print(f"Project id: {NOT_YET if found is None else found} in {path}")
+        found = _keep_id(project / "pyproject.toml", ("tool", "kedro_telemetry"), "project_id", create=False)
+        print(f"Project id: {NOT_YET if found is None else found} in {project / 'pyproject.toml'}")
         print("Not looked at, as only the project's code can tell: DISABLE_HOOKS_FOR_PLUGINS, the statistics")
-    print(f"Endpoint:   {ENDPOINT}\nBack-off:   {f'nothing is sent until {until}' if held_back else 'none'}\n")
+    print(f"Endpoint:   {ENDPOINT}\nBack-off:   {until if held_back else 'none'}\n")
     print(f"A `kedro run` here {'sends nothing; with telemetry on it ' * (answer is False)}would send:")
     print(json.dumps(_make_event(*event, project, create=False), indent=2))
 
 
 def _find_project() -> Path | None:
     """The root of the Kedro project around the current directory, as Kedro finds it."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         folders = [Path.cwd(), *Path.cwd().parents]
         return next((x for x in folders if b"[tool.kedro]" in (_read(x / "pyproject.toml") or b"")), None)
     return None
