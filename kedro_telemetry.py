@@ -243,11 +243,11 @@ def _parse_consent(text: str) -> tuple[bool | None, int, bool]:
 
 
 # Identity -----------------------------------------------------------------------------------------------------------
-def _get_or_create_uuid(create: bool = True) -> str:
-    """The user's UUID as 32 hex digits; made if need be and `create`, "" after a no and where none can be kept."""
-    if not create or _check_for_telemetry_consent(_find_project()) is not False:
+def _get_or_create_uuid(create: bool | None = None) -> str:
+    """The user's UUID as 32 hex digits, "" where none is; made if `create`, by default unless a no was said."""
+    if create is not None or _check_for_telemetry_consent(_find_project()) is not False:
         with suppress(OSError):
-            return _keep_id(_user_file("telemetry.toml"), ("telemetry",), "uuid", create) or ""
+            return _keep_id(_user_file("telemetry.toml"), ("telemetry",), "uuid", create is not False) or ""
     return ""
 
 
@@ -283,6 +283,8 @@ def _make_event(name: str, own: Properties, project_path: Path | None, create: b
     """The body of a post; unless `create`, nothing is written for it, and NOT_YET stands for what is missing."""
     now, identity = time.time(), _get_or_create_uuid(create) or ("" if create else NOT_YET)
     base = _get_project_properties(identity, project_path, create)
+    if project_path and not create:
+        base.setdefault("project_id", NOT_YET)
     own = {key: x for key, x in _for_heap(own).items() if key not in ("project_id", "tools", "example_pipeline")}
     return {
         "app_id": _get_heap_app_id(),
@@ -305,8 +307,8 @@ def _for_heap(properties: Properties) -> Properties:
     return {str(key)[:LONGEST_TEXT]: value for key, value in texts.items()}
 
 
-def _get_project_properties(user_uuid: str, project_path: Path | None, create: bool = True) -> Properties:
-    """The properties of every event; a project without an id gets one if `create`, and if nobody said no."""
+def _get_project_properties(user_uuid: str, project_path: Path | None, create: bool | None = None) -> Properties:
+    """The properties of every event; a project gets an id if `create`, by default unless a no was said."""
     from ast import literal_eval
     from hashlib import sha512
 
@@ -326,15 +328,16 @@ def _get_project_properties(user_uuid: str, project_path: Path | None, create: b
         kedro = _toml(_read(path), "tool", "kedro")
     if kedro:
         running = getattr(sys.modules.get("kedro.framework.project"), "PACKAGE_NAME", None)
-        package, tools, hashed = running if create else kedro.get("package_name"), kedro.get("tools"), None
-        may_write = create and _check_for_telemetry_consent(project_path) is not False
+        package, tools, hashed = kedro.get("package_name") if create is False else running, kedro.get("tools"), None
+        if create is None:
+            create = _check_for_telemetry_consent(project_path) is not False
         with suppress(OSError):
-            if (found := _keep_id(path, ("tool", "kedro_telemetry"), "project_id", may_write)) is not None:
+            if (found := _keep_id(path, ("tool", "kedro_telemetry"), "project_id", create)) is not None:
                 hashed = sha512(f"{found}{package or 'undefined_package_name'}".encode()).hexdigest()
         with suppress(Exception):  # Kedro writes a list in a text
             tools = [*literal_eval(tools.strip())] if tools.strip()[0] in "[(" else tools
         tools = ", ".join(map(str, tools)) if isinstance(tools, list) else tools
-        properties["project_id"] = hashed or (None if create else NOT_YET)
+        properties["project_id"] = hashed
         properties["tools"] = tools if isinstance(tools, str) and tools else None
         properties["example_pipeline"] = kedro.get("example_pipeline")
     return _for_heap(properties)
@@ -367,12 +370,12 @@ def _project_statistics(catalog: Any) -> Properties:
 
 
 # Masking ------------------------------------------------------------------------------------------------------------
-def _command_properties(command: list[str] | None, project_path: Path | None) -> Properties:
+def _command_properties(command: list[str] | None, project_path: Path | None, with_plugins: bool = False) -> Properties:
     """`command` and `main_command`, with MASK for each word that neither Kedro nor an installed plugin defines."""
     if command is None:
         return {}
     rest, masked = [str(word) for word in command], list[str]()
-    level = _root_groups(project_path is not None, with_plugins=not " ".join(rest).startswith("-"))
+    level = _root_groups(project_path is not None, with_plugins)
     while rest and (below := _subcommands(level, rest[0])):
         level, masked, rest = below, [*masked, rest[0]], rest[1:]
     takes = {"--help": 0, "-h": 0}  # how many values each option takes
@@ -388,6 +391,8 @@ def _command_properties(command: list[str] | None, project_path: Path | None) ->
     for word in rest:
         option, equals, value = word.partition("=")
         is_last = option in LAST_WORDS and not takes.get(option)
+        if not (values or option in takes or with_plugins):  # a plugin may know it; it takes time to look for them
+            return _command_properties(command, project_path, with_plugins=True)
         if values or option not in takes:
             masked.append(word if values and word in clear else MASK)
             values = len(rest) if is_last else max(values - 1, 0)
