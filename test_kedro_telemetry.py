@@ -89,13 +89,20 @@ class Heap:
         self.is_over = threading.Event()
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.proxy = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        threading.Thread(target=self.accept, daemon=True).start()
+        self.thread = threading.Thread(target=self.accept, daemon=True)
+        self.thread.start()
 
     def accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client = self.socket.accept()[0]
-                threading.Thread(target=self.serve, args=(client,), daemon=True).start()
+        while (client := self.socket.accept()[0]) and not self.is_over.is_set():
+            threading.Thread(target=self.serve, args=(client,), daemon=True).start()
+
+    def close(self) -> None:
+        """Wake and end the thread before its socket is gone, whose number the next server's may get."""
+        self.is_over.set()
+        with socket.socket() as waker:
+            waker.connect(self.socket.getsockname())
+            self.thread.join()
+        self.socket.close()
 
     def serve(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError), client:
@@ -189,8 +196,7 @@ def serve(tmp_path, monkeypatch):
 
         def start(mode: str = "200") -> Heap:
             heap = Heap(tmp_path, mode)
-            stack.callback(heap.socket.close)
-            stack.callback(heap.is_over.set)
+            stack.callback(heap.close)
             monkeypatch.setenv("HTTPS_PROXY", heap.proxy)
             return heap
 
@@ -479,6 +485,14 @@ def test_a_command_that_makes_two_sessions_is_reported_once(project, heap):
     assert heap.commands == ["kedro *****"]
 
 
+def test_a_catalog_whose_context_nobody_saw_is_reported(heap):
+    hook = KedroTelemetryHook()
+    assert hook.__name__ == "kedro-telemetry"
+    hook.after_catalog_created(Catalog())
+    assert heap.names == ["Kedro Project Statistics"]
+    assert "command" not in heap.events[0]["properties"]
+
+
 def test_what_runs_after_a_command_that_never_ended_is_not_that_command(heap):
     hook = KedroTelemetryHook()
     hook.before_command_run(None, ["info"])
@@ -604,6 +618,11 @@ def test_a_plugin_sends_an_event_of_its_own(project, heap):
     assert event["properties"]["inf"] == "inf"
     assert "none" not in event["properties"]
     assert {"username", "project_id"} <= set(event["properties"])
+    (head,) = heap.requests
+    assert f"\r\nUser-Agent: kedro-telemetry/{kedro_telemetry.__version__}\r\n" in f"{head}\r\n".replace(
+        "agent", "Agent"
+    )
+    assert "\r\nContent-Type: application/json\r\n" in f"{head}\r\n".replace("type", "Type")
 
 
 def test_a_callers_properties_cant_pass_for_base_ones(heap):
@@ -1381,6 +1400,18 @@ def test_the_application_at_heap_can_be_another(heap, monkeypatch):
     assert kedro_telemetry._get_heap_app_id() == "5"
     assert send_telemetry_event("x")
     assert heap.events[0]["app_id"] == "5"
+    monkeypatch.delenv("HEAP_APPID_DEV")
+    assert kedro_telemetry._get_heap_app_id() == "2388822444"
+
+
+def test_an_event_tells_its_time_in_utc(heap, monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    monkeypatch.setattr(time, "time", lambda: 1795448330.040025)
+    assert send_telemetry_event("x")
+    monkeypatch.delenv("TZ")
+    time.tzset()
+    assert re.fullmatch(r"2026-11-23T15:38:50\.04002\dZ", heap.events[0]["timestamp"])
 
 
 @pytest.mark.parametrize(
@@ -1492,13 +1523,17 @@ def test_a_project_without_a_default_pipeline_leaves_its_nodes_out(project):
 
 
 def masked(project: Path | None, line: str) -> str:
-    return kedro_telemetry._command_properties(line.split(), project)["command"]
+    words = kedro_telemetry._command_properties(line.split(), project)
+    assert words["main_command"] == (words["command"].split()[1:] or ["kedro"])[0]
+    return words["command"]
 
 
 @pytest.mark.parametrize(
     ("line", "command"),
     [
         ("", "kedro"),
+        ("--help info --x", "kedro --help ***** *****"),
+        ("run --help=x --pipeline y", "kedro run --help ***** ***** *****"),
         ("info", "kedro info"),
         ("-h", "kedro -h"),
         ("--help /home/alice/secret", "kedro --help *****"),
@@ -1768,6 +1803,9 @@ def test_a_post_that_hangs_is_given_up_and_for_an_hour_none_is_tried(
     assert send_telemetry_event("x") is False
     assert time.monotonic() - start < 10
     assert debug_lines(at_debug) == ["An event was lost: TimeoutError"]
+    left = [thread for thread in threading.enumerate() if thread.name == "kedro-telemetry"]
+    assert left
+    assert all(thread.daemon for thread in left)
     assert sorted(os.listdir(config.parent)) == ["telemetry.backoff", "telemetry.toml"]
     assert send_telemetry_event("x") is False
     assert len(heap.connections) == (mode != "look-up")
@@ -1938,6 +1976,36 @@ def test_status_shows_where_the_user_stands_and_the_event_of_a_run(project, conf
     assert shown == {**event, "properties": kept}
 
 
+def test_status_word_for_word(project, config, capsys, monkeypatch):
+    (project / "pyproject.toml").write_text(START)
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    now = time.time()
+    (config.parent / "telemetry.backoff").write_text(str(now))
+    (project / ".telemetry").write_text("consent: false")
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    until = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(now + 3600))
+    assert text.partition("{")[0] == textwrap.dedent(
+        f"""\
+        Telemetry:  off here, because of {project}/.telemetry, line 1
+        Identity:   (made with the first event) in {config}
+        Project:    {project}
+        Project id: (made with the first event) in {project}/pyproject.toml
+        Not looked at, as only the project's code can tell: DISABLE_HOOKS_FOR_PLUGINS, the statistics
+        Endpoint:   https://heapanalytics.com/api/track
+        Back-off:   nothing is sent until {until}
+
+        A `kedro run` here sends nothing; with telemetry on it would send:
+        """
+    )
+    shown = preview(text)
+    assert (shown["event"], shown["identity"]) == ("Kedro Project Statistics", "(made with the first event)")
+    assert shown["properties"]["project_id"] == shown["properties"]["username"] == "(made with the first event)"
+    assert (shown["properties"]["command"], shown["properties"]["main_command"]) == ("kedro run", "run")
+    assert ((project / "pyproject.toml").read_text(), config.exists()) == (START, False)
+
+
 def test_status_writes_nothing_sends_nothing_and_runs_no_code_of_the_project(project, home, heap, monkeypatch):
     (project / "pyproject.toml").write_text(START)
     for path in (project / "src").rglob("*.py"):
@@ -1955,8 +2023,21 @@ def test_status_writes_nothing_sends_nothing_and_runs_no_code_of_the_project(pro
 def test_status_outside_of_projects_shows_what_an_unknown_command_sends(home, capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
-    assert "Project:    none here" in out
-    assert (preview(out)["event"], preview(out)["properties"]["command"]) == ("CLI command", "kedro *****")
+    config = home / "config" / "kedro" / "telemetry.toml"
+    assert out.partition("{")[0] == textwrap.dedent(
+        f"""\
+        Telemetry:  on here, because of nothing said
+        Identity:   (made with the first event) in {config}
+        Project:    none here
+        Endpoint:   https://heapanalytics.com/api/track
+        Back-off:   none
+
+        A `kedro run` here would send:
+        """
+    )
+    shown = preview(out)
+    assert (shown["event"], shown["properties"]["command"]) == ("CLI command", "kedro *****")
+    assert (shown["properties"]["main_command"], "project_id" in shown["properties"]) == ("*****", False)
 
 
 def test_status_tells_of_a_no_and_of_a_back_off(home, config, monkeypatch, capsys):
@@ -1969,7 +2050,7 @@ def test_status_tells_of_a_no_and_of_a_back_off(home, config, monkeypatch, capsy
     assert f"nothing is sent until {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now + 3600))}" in out
     no_home(home, monkeypatch)
     main([])
-    assert "no home folder" in capsys.readouterr().out
+    assert "(made with the first event) in no file, as there is no home folder\n" in capsys.readouterr().out
 
 
 def test_the_command_line_works_on_a_bare_python(home, tmp_path):
@@ -1988,8 +2069,8 @@ def test_disable_is_a_no_for_every_project_and_enable_a_yes(project, config, hea
     assert main(["disable"]) == 0
     assert main(["enable"]) == 0
     assert config.read_text() == "# mine\n[telemetry] # c\nconsent = true\nother = 1"
-    out, err = capsys.readouterr()
-    assert (out.count(str(config)), err, len(out.splitlines())) == (3, "", 3)
+    said = "You said {} to telemetry, in every project of yours: {}\n"
+    assert capsys.readouterr() == ("".join(said.format(word, config) for word in ("no", "no", "yes")), "")
     assert kedro_telemetry.NOTICE not in kedro_command("info").stdout
     assert len(heap.events) == 1
 
@@ -1997,7 +2078,11 @@ def test_disable_is_a_no_for_every_project_and_enable_a_yes(project, config, hea
 def test_after_enable_a_no_elsewhere_is_told(project, config, monkeypatch, capsys):
     (project / ".telemetry").write_text("consent: false")
     assert main(["enable"]) == 0
-    assert f"because of {project / '.telemetry'}, line 1" in capsys.readouterr().out
+    told = f"A no is still a no, and here telemetry is off because of {project / '.telemetry'}, line 1\n"
+    assert capsys.readouterr().out.endswith(told)
+    monkeypatch.chdir(project / "conf")
+    assert main(["enable"]) == 0
+    assert capsys.readouterr().out.endswith(told)
     monkeypatch.setenv("DO_NOT_TRACK", "")
     assert main(["enable"]) == 0
     assert "DO_NOT_TRACK" in capsys.readouterr().out
@@ -2022,7 +2107,8 @@ def test_a_choice_that_cant_be_kept_is_one_line_and_a_failure(home, monkeypatch,
     spoil(home, monkeypatch)
     assert main(["disable"]) == 1
     out, err = capsys.readouterr()
-    assert (out, len(err.splitlines())) == ("", 1)
+    assert out == ""
+    assert re.fullmatch(r"Nothing has changed: .*(file|File exists|home folder).*\n", err)
 
 
 # README --------------------------------------------------------------------------------------------------------------
