@@ -624,7 +624,7 @@ def _print_status() -> None:
     event = "CLI command", {"command": f"kedro {MASK}", "main_command": MASK}
     with suppress(OSError):
         file = str(_user_file("telemetry.toml"))
-    print(f"Telemetry:  {'off' if answer is False else 'on'} here, because of {source}")
+    print(f"Telemetry:  {'off' if answer is False else 'on'} here: {source}")
     print(f"Identity:   {_get_or_create_uuid(create=False) or NOT_YET} in {file}")
     print(f"Project:    {project or 'none here'}")
     if project:

@@ -1960,7 +1960,7 @@ def test_status_shows_where_the_user_stands_and_the_event_of_a_run(project, conf
     out = capsys.readouterr().out
     assert main(["status"]) == 0
     for what in (
-        f"on here, because of {config}, line 3",
+        f"on here: {config}, line 3",
         f"{UUID} in {config}",
         f"{32 * 'a'} in {project / 'pyproject.toml'}",
     ):
@@ -1988,7 +1988,7 @@ def test_status_word_for_word(project, config, capsys, monkeypatch):
     until = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(now + 3600))
     assert text.partition("{")[0] == textwrap.dedent(
         f"""\
-        Telemetry:  off here, because of {project}/.telemetry, line 1
+        Telemetry:  off here: {project}/.telemetry, line 1
         Identity:   (made with the first event) in {config}
         Project:    {project}
         Project id: (made with the first event) in {project}/pyproject.toml
@@ -2026,7 +2026,7 @@ def test_status_outside_of_projects_shows_what_an_unknown_command_sends(home, ca
     config = home / "config" / "kedro" / "telemetry.toml"
     assert out.partition("{")[0] == textwrap.dedent(
         f"""\
-        Telemetry:  on here, because of nothing said
+        Telemetry:  on here: nothing said
         Identity:   (made with the first event) in {config}
         Project:    none here
         Endpoint:   https://heapanalytics.com/api/track
@@ -2046,7 +2046,7 @@ def test_status_tells_of_a_no_and_of_a_back_off(home, config, monkeypatch, capsy
     (config.parent / "telemetry.backoff").write_text(str(now))
     main([])
     out = capsys.readouterr().out
-    assert "Telemetry:  off here, because of the environment variable DO_NOT_TRACK" in out
+    assert "Telemetry:  off here: the environment variable DO_NOT_TRACK" in out
     assert f"nothing is sent until {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now + 3600))}" in out
     no_home(home, monkeypatch)
     main([])
