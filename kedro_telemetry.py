@@ -183,12 +183,14 @@ def _user_consent() -> Consent:
 
 def _settings_consent() -> Consent:
     """Kedro's own switch, DISABLE_HOOKS_FOR_PLUGINS, in the settings that it has loaded for the project that runs."""
+    from importlib.util import find_spec
+
     project: Any = sys.modules.get("kedro.framework.project")
     if (package := getattr(project, "PACKAGE_NAME", None)) is None:
         return NOTHING_SAID
     name = f"{package}.settings"
     with suppress(Exception):  # Kedro goes on without settings that can't be imported, and a no in them
-        is_there = name in sys.modules or project.importlib.util.find_spec(name) is None
+        is_there = name in sys.modules or find_spec(name) is None
         if is_there and "kedro-telemetry" not in project.settings.DISABLE_HOOKS_FOR_PLUGINS:
             return NOTHING_SAID
     return False, f"DISABLE_HOOKS_FOR_PLUGINS in {name}", False
@@ -345,9 +347,11 @@ def _get_project_properties(user_uuid: str, project_path: Path | None, create: b
 
 def _project_statistics(catalog: Any) -> Properties:
     """How large the project is, and of what kinds its datasets are. Makes and loads none of them."""
+    from kedro.framework import project
+
     names = catalog.keys() if callable(getattr(catalog, "keys", None)) else catalog.list()
     names = [name for name in names if not name.startswith(("parameters", "params:"))]
-    counts, project = Counter({"number_of_datasets": len(names)}), sys.modules["kedro.framework.project"]
+    counts: Counter[str] = Counter({"number_of_datasets": len(names)})
     with suppress(Exception, SystemExit):  # this may run the user's code, here and below
         default = project.pipelines.get("__default__")
         counts.update({} if default is None else {"number_of_nodes": len(default.nodes)})
@@ -405,10 +409,14 @@ def _command_properties(command: list[str] | None, project_path: Path | None, wi
 
 def _root_groups(in_project: bool, with_plugins: bool) -> list[tuple[Any, bool]]:
     """The click groups of Kedro and of plugins, and whether it is Kedro's; the project's own `cli.py` is left out."""
-    click, cli = sys.modules["click"], sys.modules["kedro.framework.cli.cli"]
+    from importlib.metadata import entry_points
+
+    import click
+    from kedro.framework.cli import cli
+
     named = [x for name, x in vars(cli).items() if in_project or name in GLOBAL_GROUPS]
     groups = [(x, True) for x in named if isinstance(x, click.Group)]
-    installed: Any = sys.modules["importlib.metadata"].entry_points() if with_plugins else None
+    installed: Any = entry_points() if with_plugins else None
     for scope in ("global", "project")[: with_plugins * (1 + in_project)]:
         for point in installed.select(group=f"kedro.{scope}_commands"):
             with suppress(Exception):
@@ -419,14 +427,16 @@ def _root_groups(in_project: bool, with_plugins: bool) -> list[tuple[Any, bool]]
 
 def _subcommands(groups: list[tuple[Any, bool]], name: str) -> list[tuple[Any, bool]]:
     """The commands `name` of `groups`, but for those that the project's code has put there."""
-    click, own = sys.modules["click"], sys.modules["kedro.framework.project"].PACKAGE_NAME
+    import click
+    from kedro.framework.project import PACKAGE_NAME
+
     found = []
     for group, is_kedros in groups:
         with suppress(Exception):  # no group, no such command, or one that can't be loaded
             context = click.Context(group)
             command = group.get_command(context, name) if name in group.list_commands(context) else None
             home = str(getattr(command.callback, "__module__", None)).partition(".")[0]  # type: ignore[union-attr]
-            if home == "kedro" if is_kedros else home != own:
+            if home == "kedro" if is_kedros else home != PACKAGE_NAME:
                 found.append((command, is_kedros))
     return found
 

@@ -493,6 +493,21 @@ def test_a_catalog_whose_context_nobody_saw_is_reported(heap):
     assert "command" not in heap.events[0]["properties"]
 
 
+def test_the_hooks_need_nothing_of_kedros_to_be_loaded_before(project, heap):
+    code = """
+    import kedro_telemetry
+    class Catalog:
+        def list(self):
+            return ["a"]
+    hook = kedro_telemetry.KedroTelemetryHook()
+    hook.before_command_run(None, ["--version"])
+    hook.after_command_run()
+    hook.after_catalog_created(Catalog())
+    """
+    assert run(sys.executable, "-c", textwrap.dedent(code)).returncode == 0
+    assert heap.names == ["CLI command", "Kedro Project Statistics"]
+
+
 def test_what_runs_after_a_command_that_never_ended_is_not_that_command(heap):
     hook = KedroTelemetryHook()
     hook.before_command_run(None, ["info"])
