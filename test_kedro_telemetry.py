@@ -540,6 +540,8 @@ def test_a_new_project_without_telemetry_is_a_no_from_its_first_command_on(heap,
 
 def test_tab_in_the_shell_sends_nothing(project, heap, monkeypatch):
     monkeypatch.setenv("_KEDRO_COMPLETE", "bash_complete")
+    assert send_telemetry_event("x") is False
+    assert heap.connections == []
     kedro_command(env={"COMP_WORDS": "kedro ru", "COMP_CWORD": "1"})
     assert (heap.connections, os.listdir(os.environ["HOME"])) == ([], [])
 
@@ -658,6 +660,12 @@ def test_texts_over_heaps_limit_are_cut(heap, text):
 @pytest.mark.parametrize("arguments", [("x", 5), ("x", {"a": Trap()}), ("x", {}, 5), (Trap(),), ("x", {"a": 10**5000})])
 def test_strange_arguments_never_raise(heap, arguments):
     assert send_telemetry_event(*arguments) in (True, False)
+
+
+def test_an_event_that_cant_be_made_is_one_line_at_debug(at_debug, config):
+    config.write_text("[telemetry]\nconsent = true\n")
+    assert send_telemetry_event("x", 5) is False
+    assert debug_lines(at_debug) == ["An event was lost: TypeError"]
 
 
 def test_a_no_a_refusal_and_a_lost_event_are_false(serve, monkeypatch):
@@ -898,6 +906,14 @@ def test_an_unclear_no_is_one_warning_that_tells_the_file_and_the_line(project, 
     assert len(lines) == 1, done.stdout
     assert re.search(rf"WARNING +Telemetry stays off: .*{project}/.telemetry, line 2", lines[0])
     assert (done.returncode, heap.connections) == (0, [])
+
+
+def test_the_warning_is_no_markup_that_a_path_could_break(project, heap, caplog):
+    (project / ".telemetry").write_text("consent: perhaps\n")
+    assert send_telemetry_event("x", {}, project) is False
+    (record,) = caplog.records
+    told = f"Telemetry stays off: no plain yes or no in {project / '.telemetry'}, line 1"
+    assert (record.getMessage(), record.levelname, record.markup) == (told, "WARNING", False)
 
 
 def test_a_plain_no_is_silent(project, heap, capfd, caplog):
@@ -1393,9 +1409,22 @@ def test_the_properties_that_other_packages_ask_for_are_json(project):
     assert "project_id" not in kedro_telemetry._get_project_properties(UUID, None)
 
 
+def test_the_project_id_is_of_the_package_that_runs(project, capsys):
+    hashed = {
+        name: hashlib.sha512(f"{32 * 'a'}{name}".encode()).hexdigest()
+        for name in ("spaceships", "undefined_package_name")
+    }
+    assert kedro_telemetry._get_project_properties(UUID, project)["project_id"] == hashed["undefined_package_name"]
+    assert main([]) == 0
+    assert preview(capsys.readouterr().out)["properties"]["project_id"] == hashed["spaceships"]
+    bootstrap_project(project)
+    assert kedro_telemetry._get_project_properties(UUID, project)["project_id"] == hashed["spaceships"]
+
+
 def test_after_a_no_asking_for_properties_makes_no_project_id(project, monkeypatch):
     (project / "pyproject.toml").write_text(START)
-    monkeypatch.setenv("DO_NOT_TRACK", "1")
+    (project / ".telemetry").write_text("consent: false")
+    monkeypatch.chdir(project / "conf")
     assert "project_id" not in kedro_telemetry._get_project_properties(UUID, project)
     assert (project / "pyproject.toml").read_text() == START
 
@@ -1945,6 +1974,16 @@ def test_in_debug_mode_a_back_off_neither_holds_back_nor_starts(config, heap, mo
     (config.parent / "telemetry.backoff").write_text(str(time.time()))
     assert send_telemetry_event("x") is False
     assert json.loads(capsys.readouterr().err)["event"] == "x"
+
+
+def test_what_is_printed_in_debug_mode_is_the_body_indented(project, heap, monkeypatch, capsys):
+    assert send_telemetry_event("x", {"a": 1}, project)
+    monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", "yes")
+    capsys.readouterr()
+    assert send_telemetry_event("x", {"a": 1}, project) is False
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == json.dumps({**heap.events[0], "timestamp": json.loads(err)["timestamp"]}, indent=2) + "\n"
 
 
 @pytest.mark.parametrize("name", ["DO_NOT_TRACK", "file"])
