@@ -1384,6 +1384,16 @@ def test_a_lock_that_somebody_holds_for_ever_is_waited_for_in_vain_but_not_for_e
     os.close(handle)
 
 
+def test_an_identity_that_another_process_has_made_meanwhile_is_taken(config, monkeypatch):
+    @contextlib.contextmanager
+    def lock_after_another(folder: Path):
+        config.write_text(f'[telemetry]\nuuid = "{UUID}"\n')
+        yield
+
+    monkeypatch.setattr(kedro_telemetry, "_locked", lock_after_another)
+    assert kedro_telemetry._get_or_create_uuid() == UUID
+
+
 @pytest.mark.parametrize("where", ["no fcntl", "no locks in the file system"])
 def test_without_locks_there_is_an_identity_all_the_same(config, monkeypatch, where):
     if where == "no fcntl":
@@ -2113,6 +2123,16 @@ def test_the_command_line_works_on_a_bare_python(home, tmp_path):
         done = run(sys.executable, "-I", "-S", vendored, *words)
         assert done.returncode == status, done.stderr
     assert "project_version" not in preview(run(sys.executable, "-I", "-S", vendored).stdout)["properties"]
+
+
+def test_the_file_itself_is_a_program(home, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(MODULE), "--help"])
+    for name in ("__main__.plugin", "__main__.api"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(MODULE), run_name="__main__")
+    assert ended.value.code == 0
+    assert kedro_telemetry.USAGE in capsys.readouterr().out
 
 
 def test_disable_is_a_no_for_every_project_and_enable_a_yes(project, config, heap, capsys):
