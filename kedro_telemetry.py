@@ -76,7 +76,7 @@ class KedroTelemetryHook:
         """Remember the command, which is reported when it has ended or when a session in it has made its catalog."""
         with suppress(Exception):
             self._project_path = project_metadata.project_path if project_metadata else None
-            self._command, self._is_due = list(command_args), True
+            self._command, self._is_due = [str(word) for word in command_args], True
 
     @_hook("kedro_cli")
     def after_command_run(self) -> None:
@@ -84,7 +84,7 @@ class KedroTelemetryHook:
         is_due, command, path = self._is_due, self._command, self._project_path
         self._is_due, self._command = True, None
         if is_due and command is not None:
-            no = re.match(r"(?i)new .*(?:--telemetry|-tc)[ =]no?( |$)", " ".join(map(str, command)))
+            no = re.match(r"(?i)new .*(?:--telemetry|-tc)[ =]no?( |$)", " ".join(command))
             with suppress(KeyboardInterrupt):  # it ends the wait, and not the command, which has ended
                 _send("CLI command", lambda: _command_properties(command, path), path, no="--telemetry" if no else "")
 
@@ -378,7 +378,7 @@ def _command_properties(command: list[str] | None, project_path: Path | None, wi
     """`command` and `main_command`, with MASK for each word that neither Kedro nor an installed plugin defines."""
     if command is None:
         return {}
-    rest, masked = [str(word) for word in command], list[str]()
+    rest, masked = command, list[str]()
     level = _root_groups(project_path is not None, with_plugins)
     while rest and (below := _subcommands(level, rest[0])):
         level, masked, rest = below, [*masked, rest[0]], rest[1:]
@@ -470,8 +470,10 @@ def _post(event: Properties) -> bool:
     thread.join(DEADLINE)
     if not outcome:
         _back_off_start = time.time()
-        with suppress(OSError), _locked(_user_file("telemetry.backoff").parent):
-            _write(_user_file("telemetry.backoff"), f"{_back_off_start}\n".encode())
+        with suppress(OSError):  # and no lock: the deadline has passed, and one stamp is as good as another
+            path = _user_file("telemetry.backoff")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, f"{_back_off_start}\n".encode())
     if outcome != [200]:
         logger.debug("An event was lost: %s", *(outcome or ["TimeoutError"]))
     return outcome == [200]

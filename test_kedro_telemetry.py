@@ -592,7 +592,7 @@ def test_a_vendored_copy_without_the_distribution_sends_one_event(project, heap)
 
 
 def test_a_terminal_that_is_gone_changes_no_exit_status(home, heap):
-    command = f"{sys.executable} -m kedro --version | true; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m kedro --version | grep -q 'kedro, version'; exit ${{PIPESTATUS[0]}}"
     plain = run("bash", "-c", command, env={**os.environ, "DO_NOT_TRACK": "1"})
     assert run("bash", "-c", command).returncode == plain.returncode
 
@@ -604,10 +604,18 @@ class Trap:
         raise RuntimeError(name)
 
 
+class Unspeakable:
+    """An argument that can't be told."""
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
 def test_no_hook_raises_whatever_kedro_hands_it(heap):
     hook = KedroTelemetryHook()
     hook.before_command_run(Trap(), ["info"])
     hook.before_command_run(None, None)
+    hook.before_command_run(None, [Unspeakable()])
     hook.after_command_run()
     hook.after_context_created(Trap())
     hook.after_context_created(types.SimpleNamespace(project_path=5))
@@ -1864,6 +1872,21 @@ def test_a_post_that_hangs_is_given_up_and_for_an_hour_none_is_tried(
     assert send_telemetry_event("x") is False
     assert len(heap.connections) == (mode != "look-up")
     assert len(debug_lines(at_debug)) == 1
+
+
+def test_the_stamp_waits_for_no_lock(serve, config, short_deadline, monkeypatch):
+    import fcntl
+
+    monkeypatch.setattr(kedro_telemetry, "LOCK_PATIENCE", 60.0)
+    config.write_text(f'[telemetry]\nuuid = "{UUID}"\nconsent = true\n')
+    serve("hang")
+    handle = os.open(config.parent, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    start = time.monotonic()
+    assert send_telemetry_event("x") is False
+    assert time.monotonic() - start < 30
+    assert (config.parent / "telemetry.backoff").exists()
+    os.close(handle)
 
 
 @pytest.mark.parametrize(
