@@ -10,13 +10,13 @@ import json
 import logging
 import os
 import re
-import stat
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,15 @@ except ImportError:  # a bare Python, where only the command line is of use
     _hook = lambda project_name: lambda function: function  # type: ignore # noqa: E731
 
 __version__ = "1.0.0"
-
 ENDPOINT, APP_ID = "https://heapanalytics.com/api/track", "2388822444"
-DEADLINE, BACK_OFF = 2.0, 3600.0  # seconds: that a post may take, and in which none is tried after one that took them
-LOCK_PATIENCE = 2.0  # seconds to wait for another process that writes the same file
+DEADLINE, LOCK_PATIENCE = 2.0, 2.0  # seconds that a post may take, and to wait for who else writes the same file
+BACK_OFF = 3600.0  # seconds in which none is tried after a post that ran into the deadline
 LARGEST_FILE, LONGEST_TEXT = 2**20, 1023  # bytes; characters that Heap takes in a key or a value
-NOTICE = (
-    "Anonymous usage data is sent to the Kedro team. To say no, set the environment variable DO_NOT_TRACK, write "
-    "'consent: false' into a file .telemetry in your project, or run 'python -m kedro_telemetry disable'. A yes or no "
-    "of yours hides this notice. 'python -m kedro_telemetry' shows what is sent. Read more at "
-    "https://docs.kedro.org/en/stable/about/telemetry/"
-)
-USAGE = "usage: python -m kedro_telemetry [status | enable | disable | --help]"
-HELP = f"""{USAGE}\n
+NOTICE = "Anonymous usage data is sent to the Kedro team. To say no, set the environment variable DO_NOT_TRACK, write \
+'consent: false' into a file .telemetry in your project, or run 'python -m kedro_telemetry disable'. A yes or no of \
+yours hides this notice. 'python -m kedro_telemetry' shows what is sent. Read more at \
+https://docs.kedro.org/en/stable/about/telemetry/"
+HELP = """usage: python -m kedro_telemetry [status | enable | disable | --help]\n
   status    whether telemetry is on here and why, and what it would send (the default)
   enable    say yes for yourself in every project; a no said elsewhere is still a no
   disable   say no for yourself in every project"""
@@ -47,84 +43,85 @@ CI_VARIABLES = "GITLAB_CI GITHUB_ACTION BITBUCKET_BUILD_NUMBER JENKINS_URL CODEB
 PUBLIC_DATASETS = ("kedro.io.", "kedro_datasets.", "kedro_datasets_experimental.")
 PUBLIC_VALIDATORS = ("pandera", "pydantic", "great_expectations", "kedro", "kedro_datasets")
 GLOBAL_GROUPS = ("cli", "create_cli", "global_commands")  # as kedro.framework.cli.cli calls them, from 0.18 to 1.x
-MASK = "*****"
 LAST_WORDS = ("--help", "-h", "--version", "-V", "--")  # Kedro makes no sense of the words after them
-NOT_YET = "(made with the first event)"
+MASK, NOT_YET = "*****", "(made with the first event)"
+
+QUOTED = r"\"[^\"\\]*\"|'[^']*'"
+PLAIN_KEY = rf"{QUOTED}|\w[\w.-]*(?: [\w.-]+)*"
+PLAIN_VALUE = rf"{QUOTED}|[\w./~+](?:[^\s:#]|:(?=\S)|(?<=\S)#| +(?=[^ #]))*|"
+PLAIN_LINE = rf"( *)({PLAIN_KEY}) *([:=])( *+)({PLAIN_VALUE}) *(?:(?<![^ ])#.*)?"
+REFUSED_BY_YAML = "[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+TOML_VALUE = r"(?s:\"{3}.*?\"{3}|'{3}.*?'{3}|\"(?:\\.|[^\"\\\n])*\"|'[^'\n]*'|\[.*?\]|\{[^}\n]*\}|[^\s#,}]+)"
 
 Properties = dict[str, Any]
 Consent = tuple[bool | None, str, bool]  # yes, no or (None) nothing; by what; is it a no that may not be meant as one?
 NOTHING_SAID: Consent = (None, "nothing said", False)
-
 logger = logging.getLogger("kedro_telemetry")
-if logger.level == logging.NOTSET:
-    logger.setLevel(logging.INFO)
+logger.setLevel(logger.level or logging.INFO)
 
 
 # The hooks, in the order in which Kedro calls them ------------------------------------------------------------------
 class KedroTelemetryHook:
-    """The hooks of Kedro's command line and of its sessions."""
+    """The hooks of Kedro's command line and of its sessions, and what they remember of the one that is running."""
 
-    def __init__(self) -> None:
-        self.__name__ = "kedro-telemetry"  # so that pluggy knows the plugin in HOOKS and the entry point for the same
-        self._command: list[str] | None = None  # that is running
-        self._session: Any = None  # the last one
-        self._project_path: Path | None = None  # of either
-        self._is_due = True  # what is running has not been reported
+    __name__ = "kedro-telemetry"  # so that pluggy knows the plugin in HOOKS and the entry point for the same
+    _command: list[str] | None = None
+    _hook_manager: Any = None
+    _project_path: Path | None = None
+    _is_unreported = True
+    back_off_start = 0.0
 
     @_hook("kedro_cli")
     def before_command_run(self, project_metadata: Any, command_args: list[str]) -> None:
         """Remember the command, which is reported when it has ended or when a session in it has made its catalog."""
         with suppress(Exception):
             self._project_path = project_metadata.project_path if project_metadata else None
-            self._command, self._is_due = [str(word) for word in command_args], True
+            self._command, self._is_unreported = [str(word) for word in command_args], True
 
     @_hook("kedro_cli")
     def after_command_run(self) -> None:
         """Report the command, unless a session in it was reported."""
-        is_due, command, path = self._is_due, self._command, self._project_path
-        self._is_due, self._command = True, None
-        if is_due and command is not None:
+        is_unreported, command, path = self._is_unreported, self._command, self._project_path
+        self._is_unreported, self._command = True, None
+        if is_unreported and command is not None:
             no = re.match(r"(?i)new .*(?:--telemetry|-tc)[ =]no?( |$)", " ".join(command))
             with suppress(KeyboardInterrupt):  # it ends the wait, and not the command, which has ended
                 _send("CLI command", lambda: _command_properties(command, path), path, no="--telemetry" if no else "")
 
     @_hook("kedro")
     def after_context_created(self, context: Any) -> None:
-        """Remember the session's project. A session may make several contexts, and a context several catalogs."""
+        """Remember the session by its hook manager: it may make several contexts, and a context several catalogs."""
         with suppress(Exception):
-            self._project_path, session = context.project_path, getattr(context, "_hook_manager", context)
-            self._is_due |= self._command is None and self._session is not session
-            self._session = session  # known by its hook manager
+            self._project_path, hook_manager = context.project_path, getattr(context, "_hook_manager", context)
+            self._is_unreported |= self._command is None and self._hook_manager is not hook_manager
+            self._hook_manager = hook_manager
 
     @_hook("kedro")
     def after_catalog_created(self, catalog: Any) -> None:
         """Report the session, once, and with it the command that made it."""
-        is_due, command, path, self._is_due = self._is_due, self._command, self._project_path, False
-        if is_due:
-            name = "Kedro Project Statistics"
+        is_unreported, command, path = self._is_unreported, self._command, self._project_path
+        self._is_unreported, name = False, "Kedro Project Statistics"
+        if is_unreported:
             _send(name, lambda: _command_properties(command, path) | _project_statistics(catalog), path)
 
 
 def send_telemetry_event(
     event_name: str, properties: Properties | None = None, project_path: Path | None = None
 ) -> bool:
-    """Send an event of another Kedro plugin, under the consent that holds for every event.
+    """Send an event of another Kedro plugin, under the consent that holds for every event. Never raises.
 
-    Args:
-        event_name: What happened, such as `kedro_skills_install`.
-        properties: What belongs to it, and nothing personal; the base properties can't be overwritten.
-        project_path: The root of the Kedro project that the event is about, if it is about one.
-
-    Returns: True if Heap accepted the event, False otherwise. Never raises.
+    Args: `event_name` tells what happened, such as `kedro_skills_install`. `properties` belong to it; nothing personal
+        may be in them, and they can't overwrite the base ones. `project_path` is the root of its project, if any.
+    Returns: True if Heap accepted the event, False otherwise.
     """
     return _send(event_name, lambda: dict(properties or {}), project_path)
 
 
 # The one door -------------------------------------------------------------------------------------------------------
 def _send(name: str, collect: Callable[[], Properties], project_path: Path | None, no: str = "") -> bool:
-    """Take an event through consent, identity, properties and the post; the only way out, True if Heap accepted it.
+    """Take an event through consent, identity, properties and post, the only way out; True if Heap accepted it.
 
-    `collect` gives the event's own properties when consent is there; `no` is a no that is part of what is reported.
+    `collect` gives the event's own properties once consent is there; `no` is a no that is part of what is reported.
     """
     try:
         is_preview = os.environ.get("KEDRO_TELEMETRY_DEBUG")
@@ -166,13 +163,11 @@ def _find_consent(project_path: Path | None) -> Consent:
 
 def _user_consent() -> Consent:
     """`consent` under [telemetry] in the user's telemetry.toml, where all but `true` is a no."""
+    path = _user_file("telemetry.toml")
     try:
-        path = _user_file("telemetry.toml")
-        content = (_read(path) or b"").replace(b"\0", b"")  # as in UTF-16
-    except (FileNotFoundError, IsADirectoryError):
-        return NOTHING_SAID
-    except OSError:  # a no may be in it
-        return False, str(path), True
+        content = _read(path).replace(b"\0", b"")  # as in UTF-16
+    except OSError:  # a no may be in a file, but not in a directory
+        return (False, str(path), True) if path.is_file() else NOTHING_SAID
     mentions = [*re.finditer(rb"consent|\\[uU]", content)]
     table = _toml(content, "telemetry") if mentions else {}
     if (answer := "not TOML" if table is None else table.get("consent")) is None:
@@ -183,15 +178,13 @@ def _user_consent() -> Consent:
 
 def _settings_consent() -> Consent:
     """Kedro's own switch, DISABLE_HOOKS_FOR_PLUGINS, in the settings that it has loaded for the project that runs."""
-    from importlib.util import find_spec
-
     project: Any = sys.modules.get("kedro.framework.project")
     if (package := getattr(project, "PACKAGE_NAME", None)) is None:
         return NOTHING_SAID
     name = f"{package}.settings"
     with suppress(Exception):  # Kedro goes on without settings that can't be imported, and a no in them
-        is_there = name in sys.modules or find_spec(name) is None
-        if is_there and "kedro-telemetry" not in project.settings.DISABLE_HOOKS_FOR_PLUGINS:
+        is_read = name in sys.modules or find_spec(name) is None
+        if is_read and "kedro-telemetry" not in project.settings.DISABLE_HOOKS_FOR_PLUGINS:
             return NOTHING_SAID
     return False, f"DISABLE_HOOKS_FOR_PLUGINS in {name}", False
 
@@ -200,20 +193,12 @@ def _project_consent(project_path: Path | None) -> Consent:
     """The file .telemetry in the project's root, or in the current directory where there is no project."""
     path = os.path.join(project_path or os.curdir, ".telemetry")
     try:
-        answer, line, is_plain = _parse_consent((_read(Path(path)) or b"").decode("utf-8-sig"))
+        answer, line, is_plain = _parse_consent(_read(Path(path)).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         answer, line, is_plain = False, error.object.count(b"\n", 0, error.start) + 1, False
     except OSError:
         return False, os.path.abspath(path), True
     return NOTHING_SAID if answer is None else (answer, f"{os.path.abspath(path)}, line {line}", not is_plain)
-
-
-QUOTED = r"\"[^\"\\]*\"|'[^']*'"
-PLAIN_LINE = (  # indent, key, separator, blanks, value, perhaps a comment
-    rf"( *)({QUOTED}|\w[\w.-]*(?: [\w.-]+)*) *([:=])( *+)"
-    rf"({QUOTED}|[\w./~+](?:[^\s:#]|:(?=\S)|(?<=\S)#| +(?=[^ #]))*|) *(?:(?<![^ ])#.*)?"
-)
-NO_YAML = "[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"  # the characters that YAML refuses
 
 
 def _parse_consent(text: str) -> tuple[bool | None, int, bool]:
@@ -222,23 +207,23 @@ def _parse_consent(text: str) -> tuple[bool | None, int, bool]:
     Plain are lines of `key: value` or of `key = value`, or one `{key: value}`, in which YAML can see nothing else. A
     file with anything more says yes to nothing, and no if consent is mentioned in it.
     """
-    lines = [*enumerate(re.split("\r\n|[\r\n\x85\u2028\u2029]", text), 1)]
-    lines = [(number, line) for number, line in lines if re.match(" *[^ #]", line)]
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if re.match(" *[^ #]", line)]
     lines = lines[lines[:1] != [] and lines[0][1].rstrip(" ") == "---" :]
     if len(lines) == 1 and (flow := re.fullmatch(r" *\{([^{}\[\]#]*)\} *(?: #.*)?", lines[0][1])):
         lines = [(lines[0][0], item.strip(" ")) for item in flow[1].split(",")]
-    said, layouts = [], set[object]([None] * bool(re.search(NO_YAML, text)))  # None is odd: YAML may see otherwise
+    said, layouts, is_odd = [], set(), bool(re.search(REFUSED_BY_YAML, text))  # odd: YAML may see something else in it
     for number, line in lines:
         plain = re.fullmatch(PLAIN_LINE, line) if len(line) <= 1024 else None
         indent, key, separator, blanks, value = plain.groups() if plain else ("",) * 5
         key, value = (x[1:-1] if x[:1] in ("'", '"') else x.strip(" ") for x in (key, value))
-        is_odd = not plain or not (key.lower() == "consent" or separator == "=" or blanks or not value)
-        layouts.add(None if is_odd else (indent, separator))
-        is_mention = is_odd and re.search(r"(?i)consent|\"[^\"]*\\([xu]|$)", line.replace("\0", ""))
+        is_plain = plain and (key.lower() == "consent" or separator == "=" or blanks or not value)
+        is_mention = not is_plain and re.search(r"(?i)consent|\"[^\"]*\\([xu]|$)", line.replace("\0", ""))
         if key.lower() == "consent" or is_mention:
             said.append((number, value.lower()))
+        layouts.add((indent, separator))
+        is_odd |= not is_plain
     no = [number for number, word in said if word in NO_WORDS]
-    unclear = [number for number, word in said if word not in YES_WORDS or len(layouts) > 1 or None in layouts]
+    unclear = [number for number, word in said if is_odd or len(layouts) > 1 or word not in YES_WORDS]
     if no or unclear:
         return False, (no or unclear)[0], bool(no)
     return (True, said[0][0], True) if said else (None, 0, True)
@@ -257,27 +242,24 @@ def _keep_id(path: Path, names: tuple[str, ...], key: str, create: bool) -> Any:
     """The id at `key` in the TOML file at `path`, one for all that ask at once, made if `create`; None for none."""
     from uuid import UUID, uuid4
 
-    def read() -> Any:
-        found = (_toml(_read(path), *names) or {}).get(key)
-        with suppress(AttributeError, TypeError, ValueError):
-            return found if key == "project_id" else UUID(found).hex  # a project's may be any text
-
-    if (found := read()) is None and create:
-        with _locked(path.parent):
-            if (found := read()) is None:
-                _set_in_file(path, names, key, found := uuid4().hex)
+    found = (_toml(_read(path), *names) or {}).get(key)
+    with suppress(AttributeError, TypeError, ValueError):
+        return found if key == "project_id" and found is not None else UUID(found).hex  # a project's may be any text
+    if not create:
+        return None
+    with _locked(path.parent):
+        if (found := _keep_id(path, names, key, create=False)) is None:
+            _set_in_file(path, names, key, found := uuid4().hex)
     return found
 
 
 def _user_file(name: str) -> Path:
-    """A file in the user's configuration folder for Kedro, OSError where there can be none."""
-    local, linux = os.environ.get("LOCALAPPDATA", ""), os.environ.get("XDG_CONFIG_HOME", "")
-    mac = os.path.expanduser("~/Library/Application Support")
-    linux = linux if os.path.isabs(linux) else os.path.expanduser("~/.config")  # as its specification says
-    folder = {"win32": os.path.join(local, "kedro"), "darwin": mac}.get(sys.platform, linux)
-    if not os.path.isabs(folder):
-        raise FileNotFoundError("there is no home folder")
-    return Path(folder, "kedro", name)
+    """A file in the user's configuration folder for Kedro, which can't be there where there is no home folder."""
+    local, xdg = os.environ.get("LOCALAPPDATA", ""), os.environ.get("XDG_CONFIG_HOME", "")
+    folders = {"win32": os.path.join(local, "kedro"), "darwin": "~/Library/Application Support"}
+    linux = xdg if os.path.isabs(xdg) else "~/.config"  # as its specification says
+    folder = os.path.expanduser(folders.get(sys.platform, linux))
+    return Path(folder if os.path.isabs(folder) else f"{os.devnull}/no home folder", "kedro", name)
 
 
 # Properties ---------------------------------------------------------------------------------------------------------
@@ -304,44 +286,31 @@ def _get_heap_app_id() -> str:
 
 def _for_heap(properties: Properties) -> Properties:
     """`properties` as Heap takes them: values that are short texts, finite numbers or booleans, and never None."""
-    numbers = {key for key, x in properties.items() if isinstance(x, (int, float)) and -1e308 < x < 1e308}
-    texts = {key: x if key in numbers else str(x)[:LONGEST_TEXT] for key, x in properties.items() if x is not None}
-    return {str(key)[:LONGEST_TEXT]: value for key, value in texts.items()}
+    some = {str(key)[:LONGEST_TEXT]: x for key, x in properties.items() if x is not None}
+    numbers = {key: x for key, x in some.items() if isinstance(x, (int, float)) and abs(x) < 1e308}
+    return {key: str(x)[:LONGEST_TEXT] for key, x in some.items()} | numbers
 
 
 def _get_project_properties(user_uuid: str, project_path: Path | None, create: bool | None = None) -> Properties:
     """The properties of every event; a project gets an id if `create`, by default unless a no was said."""
-    from ast import literal_eval
     from hashlib import sha512
 
-    properties: Properties = {
-        "username": user_uuid,
-        "project_version": None,
-        "telemetry_version": __version__,
-        "python_version": sys.version,
-        "os": sys.platform,
-        "is_ci_env": os.environ.get("CI") == "true" or any(map(os.environ.get, CI_VARIABLES.split())),
-    }
+    properties: Properties = {"username": user_uuid}
     with suppress(ImportError):
         properties["project_version"] = __import__("kedro").__version__
-    path = Path(os.path.realpath(os.path.join(project_path or os.devnull, "pyproject.toml")))
-    kedro: Any = None
+    properties |= {"telemetry_version": __version__, "python_version": sys.version, "os": sys.platform}
+    properties["is_ci_env"] = os.environ.get("CI") == "true" or any(map(os.environ.get, CI_VARIABLES.split()))
+    path = Path(project_path or os.devnull, "pyproject.toml")
     with suppress(OSError):
-        kedro = _toml(_read(path), "tool", "kedro")
-    if kedro:
-        running = getattr(sys.modules.get("kedro.framework.project"), "PACKAGE_NAME", None)
-        package, tools, hashed = kedro.get("package_name") if create is False else running, kedro.get("tools"), None
-        if create is None:
-            create = _check_for_telemetry_consent(project_path) is not False
-        with suppress(OSError):
+        if kedro := _toml(_read(path), "tool", "kedro"):
+            if isinstance(tools := kedro.get("tools"), (str, list)):  # Kedro writes a list in a text
+                properties["tools"] = ", ".join(re.findall(r"[^][()'\",\s][^][()'\",]*", str(tools))) or None
+            properties["example_pipeline"] = kedro.get("example_pipeline")
+            running = getattr(sys.modules.get("kedro.framework.project"), "PACKAGE_NAME", None)
+            package = kedro.get("package_name") if create is False else running
+            create = _check_for_telemetry_consent(project_path) is not False if create is None else create
             if (found := _keep_id(path, ("tool", "kedro_telemetry"), "project_id", create)) is not None:
-                hashed = sha512(f"{found}{package or 'undefined_package_name'}".encode()).hexdigest()
-        with suppress(Exception):  # Kedro writes a list in a text
-            tools = [*literal_eval(tools.strip())] if tools.strip()[0] in "[(" else tools
-        tools = ", ".join(map(str, tools)) if isinstance(tools, list) else tools
-        properties["project_id"] = hashed
-        properties["tools"] = tools if isinstance(tools, str) and tools else None
-        properties["example_pipeline"] = kedro.get("example_pipeline")
+                properties["project_id"] = sha512(f"{found}{package or 'undefined_package_name'}".encode()).hexdigest()
     return _for_heap(properties)
 
 
@@ -362,9 +331,8 @@ def _project_statistics(catalog: Any) -> Properties:
         if key not in known:
             known[key] = "custom"
             with suppress(Exception, SystemExit):
-                is_own = str(key).startswith(f"{project.PACKAGE_NAME}.")
-                if not is_own and (kind := str(catalog.get_type(name))).startswith(PUBLIC_DATASETS):
-                    known[key] = kind
+                kind = str(key if str(key).startswith(f"{project.PACKAGE_NAME}.") else catalog.get_type(name))
+                known[key] = kind if kind.startswith(PUBLIC_DATASETS) else "custom"
         counts[f"dataset_type_count.{known[key]}"] += 1
     for spec in (getattr(catalog, "validator_specs", None) or {}).values():
         library = str(getattr(spec, "class_path", "")).partition(".")[0]
@@ -382,8 +350,8 @@ def _command_properties(command: list[str] | None, project_path: Path | None, wi
     level = _root_groups(project_path is not None, with_plugins)
     while rest and (below := _subcommands(level, rest[0])):
         level, masked, rest = below, [*masked, rest[0]], rest[1:]
-    takes = {"--help": 0, "-h": 0}  # how many values each option takes
-    for option in (param for command, _ in level for param in command.params if param.param_type_name == "option"):
+    takes = {"--help": 0, "-h": 0}  # how many values
+    for option in (param for command in level for param in command.params if param.param_type_name == "option"):
         count = 0 if option.is_flag or option.count else option.nargs
         takes |= dict.fromkeys((*option.opts, *option.secondary_opts), count)
     if not masked and rest and rest[0].partition("=")[0] not in takes:
@@ -407,76 +375,69 @@ def _command_properties(command: list[str] | None, project_path: Path | None, wi
     return {"command": " ".join(["kedro", *masked]), "main_command": [*masked, "kedro"][0]}
 
 
-def _root_groups(in_project: bool, with_plugins: bool) -> list[tuple[Any, bool]]:
-    """The click groups of Kedro and of plugins, and whether it is Kedro's; the project's own `cli.py` is left out."""
+def _root_groups(in_project: bool, with_plugins: bool) -> list[Any]:
+    """The click groups of Kedro and of plugins; the project's own `cli.py` is left out."""
     from importlib.metadata import entry_points
 
     import click
     from kedro.framework.cli import cli
 
     named = [x for name, x in vars(cli).items() if in_project or name in GLOBAL_GROUPS]
-    groups = [(x, True) for x in named if isinstance(x, click.Group)]
-    installed: Any = entry_points() if with_plugins else None
-    for scope in ("global", "project")[: with_plugins * (1 + in_project)]:
-        for point in installed.select(group=f"kedro.{scope}_commands"):
-            with suppress(Exception):
-                if point.module in sys.modules:  # else Kedro could not load it, and has said so
-                    groups.append((point.load(), False))
+    groups = [x for x in named if isinstance(x, click.Group)]
+    scopes = ("global", "project")[: with_plugins * (1 + in_project)]
+    for point in [x for scope in scopes for x in entry_points(group=f"kedro.{scope}_commands")]:
+        with suppress(Exception):
+            if point.module in sys.modules:  # else Kedro could not load it, and has said so
+                groups.append(point.load())
     return groups
 
 
-def _subcommands(groups: list[tuple[Any, bool]], name: str) -> list[tuple[Any, bool]]:
+def _subcommands(groups: list[Any], name: str) -> list[Any]:
     """The commands `name` of `groups`, but for those that the project's code has put there."""
-    import click
     from kedro.framework.project import PACKAGE_NAME
 
     found = []
-    for group, is_kedros in groups:
+    for group in groups:
         with suppress(Exception):  # no group, no such command, or one that can't be loaded
-            context = click.Context(group)
-            command = group.get_command(context, name) if name in group.list_commands(context) else None
-            home = str(getattr(command.callback, "__module__", None)).partition(".")[0]  # type: ignore[union-attr]
-            if home == "kedro" if is_kedros else home != PACKAGE_NAME:
-                found.append((command, is_kedros))
+            context = group.context_class(group)
+            command: Any = group.get_command(context, name) if name in group.list_commands(context) else None
+            outer, inner = (str(getattr(x.callback, "__module__", None)).partition(".")[0] for x in (group, command))
+            if inner == "kedro" if outer == "kedro" else inner != PACKAGE_NAME:
+                found.append(command)
     return found
 
 
 # The post -----------------------------------------------------------------------------------------------------------
-_back_off_start = 0.0  # for where the stamp can't be written
-
-
 def _post(event: Properties) -> bool:
     """Post `event` to Heap and tell whether it was accepted, when the deadline has passed at the latest."""
-    global _back_off_start
     outcome: list[int | str] = []
-
-    def work() -> None:
-        try:
-            import urllib.request
-
-            opener = urllib.request.OpenerDirector()  # proxies and HTTPS are all that it knows: no redirect
-            opener.add_handler(urllib.request.ProxyHandler())
-            opener.add_handler(urllib.request.HTTPSHandler(context=_tls_context()))
-            headers = {"Content-Type": "application/json", "User-Agent": f"kedro-telemetry/{__version__}"}
-            request = urllib.request.Request(ENDPOINT, json.dumps(event).encode(), headers)
-            with opener.open(request, timeout=2 * DEADLINE) as response:
-                outcome.append(response.status)
-        except Exception as error:
-            outcome.append(type(error).__name__)
-
     # A name look-up has no time-out of its own, and a daemon thread keeps no process from ending.
-    thread = threading.Thread(target=work, name="kedro-telemetry", daemon=True)
+    thread = threading.Thread(target=lambda: outcome.append(_deliver(event)), name="kedro-telemetry", daemon=True)
     thread.start()
     thread.join(DEADLINE)
     if not outcome:
-        _back_off_start = time.time()
+        telemetry_hook.back_off_start = time.time()
         with suppress(OSError):  # and no lock: the deadline has passed, and one stamp is as good as another
-            path = _user_file("telemetry.backoff")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, f"{_back_off_start}\n".encode())
+            _write(_user_file("telemetry.backoff"), f"{telemetry_hook.back_off_start}\n".encode())
     if outcome != [200]:
         logger.debug("An event was lost: %s", *(outcome or ["TimeoutError"]))
     return outcome == [200]
+
+
+def _deliver(event: Properties) -> int | str:
+    """Post `event` to Heap, for as long as it takes; gives the status of the answer, or the name of what went wrong."""
+    try:
+        import urllib.request
+
+        opener = urllib.request.OpenerDirector()  # proxies and HTTPS are all that it knows: no redirect
+        opener.add_handler(urllib.request.ProxyHandler())
+        opener.add_handler(urllib.request.HTTPSHandler(context=_tls_context()))
+        headers = {"Content-Type": "application/json", "User-Agent": f"kedro-telemetry/{__version__}"}
+        request = urllib.request.Request(ENDPOINT, json.dumps(event).encode(), headers)
+        with opener.open(request, timeout=2 * DEADLINE) as response:
+            return int(response.status)
+    except Exception as error:
+        return type(error).__name__
 
 
 def _tls_context() -> Any:
@@ -488,40 +449,38 @@ def _tls_context() -> Any:
     folder = None if chosen else ssl.get_default_verify_paths().capath
     if folder and any(re.fullmatch(r"[0-9a-f]{8}\.\d+", name) for name in os.listdir(folder)):
         context.load_verify_locations(capath=folder)  # each is read when it is needed, which costs nothing
-        return context
-    context.load_default_certs()
-    with suppress(ImportError):
-        if not chosen and not context.cert_store_stats()["x509_ca"]:
+    else:
+        context.load_default_certs()
+        if not chosen and not context.cert_store_stats()["x509_ca"] and find_spec("certifi"):
             context.load_verify_locations(__import__("certifi").where())
     return context
 
 
 def _back_off_end() -> float:
     """When a post may be tried again, in seconds since the epoch; 0.0 for at once."""
-    now, start = time.time(), _back_off_start
+    now, start = time.time(), telemetry_hook.back_off_start
     with suppress(OSError, ValueError):
         path = _user_file("telemetry.backoff")
-        stamp = float(_read(path) or b"nan")
+        stamp = float(_read(path))
         if all(0 <= now - then < BACK_OFF for then in (stamp, path.stat().st_mtime)):
             start = stamp
     return start + BACK_OFF if 0 <= now - start < BACK_OFF else 0.0
 
 
 # Files --------------------------------------------------------------------------------------------------------------
-def _read(path: Path) -> bytes | None:
-    """The content of the file at `path`, None where there is no file, OSError for what can't be read in no time."""
+def _read(path: Path) -> bytes:
+    """The content of the file at `path`, b"" where there is no file, OSError for what can't be read in no time."""
     if not os.path.lexists(path):
-        return None
-    if not stat.S_ISREG((status := os.stat(path)).st_mode):
-        raise IsADirectoryError(f"{path} is not a file")
-    if status.st_size > LARGEST_FILE:
-        raise OSError(f"{path} is too large")
+        return b""
+    if os.stat(path).st_size > LARGEST_FILE or not path.is_file():
+        raise OSError(f"{path} is too large or no file")
     return path.read_bytes()
 
 
 def _write(path: Path, content: bytes) -> None:
     """Make `content` that of the file at `path`, whole or not at all; mode, owner and links stay. OSError if not."""
     path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
     old = os.stat(path) if path.exists() else None
     if old and (old.st_nlink > 1 or not old.st_mode & 0o222 or not os.access(path, os.W_OK)):
         raise PermissionError(f"{path} is read-only, or has another name")
@@ -529,7 +488,7 @@ def _write(path: Path, content: bytes) -> None:
     with ExitStack() as stack, open(temporary, "xb") as file:
         stack.callback(temporary.unlink, missing_ok=True)
         if old:
-            os.chmod(temporary, stat.S_IMODE(old.st_mode))
+            os.chmod(temporary, old.st_mode & 0o7777)
             getattr(os, "chown", lambda *_: None)(temporary, old.st_uid, old.st_gid)
         file.write(content)
         file.flush()
@@ -538,37 +497,33 @@ def _write(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> ExitStack:
     """Keep other processes from writing in `folder`, made if need be; without locks (Windows) the last writer wins."""
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        with suppress(ImportError, OSError):
-            import fcntl
+    lock = ExitStack()
+    with suppress(ImportError, OSError):
+        import fcntl
 
-            stack.callback(os.close, handle := os.open(folder, os.O_RDONLY))
-            for _ in range(int(LOCK_PATIENCE / 0.005)):
-                with suppress(BlockingIOError):
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                time.sleep(0.005)
-        yield
+        lock.callback(os.close, handle := os.open(folder, os.O_RDONLY))
+        for _ in range(int(LOCK_PATIENCE / 0.005)):
+            with suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.005)
+    return lock
 
 
-def _toml(content: bytes | None, *names: str) -> Properties | None:
+def _toml(content: bytes, *names: str) -> Properties | None:
     """The table `names` of the TOML document `content`, empty where there is none; None where it is not TOML."""
     import tomllib
 
     try:
-        data: Any = tomllib.loads((content or b"").decode())
+        data: Any = tomllib.loads(content.decode())
     except (ValueError, RecursionError):
         return None
     for name in names:
         data = data.get(name) if isinstance(data, dict) else None
     return data if isinstance(data, dict) else {}
-
-
-VALUE = r"(\"{3}[\s\S]*?\"{3}|'{3}[\s\S]*?'{3}|\"(?:\\.|[^\"\\\n])*\"|'[^'\n]*'|\[[\s\S]*?\]|\{[^}\n]*\}|[^\s#,}]+)"
 
 
 def _set_in_file(path: Path, names: tuple[str, ...], key: str, value: str | bool) -> None:
@@ -577,7 +532,7 @@ def _set_in_file(path: Path, names: tuple[str, ...], key: str, value: str | bool
     The old value is replaced, or a line put under the table's header, into its braces or into a new table: the first
     of these that makes the wanted document is taken. The user's own file starts anew if it is not TOML.
     """
-    content, literal = _read(path) or b"", json.dumps(value)
+    content, literal = _read(path), json.dumps(value)
     if (wanted := _toml(content)) is None and names == ("telemetry",):
         content, wanted = b"", {}
     table: Any = wanted
@@ -588,7 +543,7 @@ def _set_in_file(path: Path, names: tuple[str, ...], key: str, value: str | bool
     has_key, table[key], text = key in table, value, content.decode()
     newline = "\r\n" if "\r\n" in text else "\n"
     line, end = f"{key} = {literal}{newline}", newline if text.endswith("\n") else 2 * newline
-    places = [(*x.span(1), literal) for x in re.finditer(rf"\b{key}[\"']?[ \t]*=[ \t]*{VALUE}", text) if has_key]
+    places = [(*x.span(1), literal) for x in re.finditer(rf"\b{key}[\"']?[ \t]*=[ \t]*({TOML_VALUE})", text) if has_key]
     for header in re.finditer(rf"^[ \t]*\[.*{names[-1]}.*(?:\n|\Z)", text, re.MULTILINE):
         places.append((header.end(), header.end(), newline * (header[0][-1] != "\n") + line))
     for brace in re.finditer(rf"\b{names[-1]}[\"']?[ \t]*=[ \t]*\{{[ \t]*(\}}?)", text):
@@ -607,7 +562,7 @@ def main(arguments: list[str]) -> int:
     """Run `python -m kedro_telemetry` with `arguments`; gives the exit status."""
     command, *more = arguments or ["status"]
     if more or command not in ("status", "enable", "disable", "--help"):
-        print(USAGE, file=sys.stderr)
+        print(HELP.splitlines()[0], file=sys.stderr)
         return 2
     try:
         if command == "--help":
@@ -630,14 +585,12 @@ def main(arguments: list[str]) -> int:
 
 def _print_status() -> None:
     """Print where the user stands. Writes and sends nothing, and runs no code of the project."""
-    project, held_back, file = _find_project(), _back_off_end(), "no file, as there is no home folder"
+    project, held_back = _find_project(), _back_off_end()
     answer, source = _find_consent(project)[:2]
     until = time.strftime("nothing is sent until %Y-%m-%d %H:%M:%S", time.localtime(held_back))
     event = "CLI command", {"command": f"kedro {MASK}", "main_command": MASK}
-    with suppress(OSError):
-        file = str(_user_file("telemetry.toml"))
     print(f"Telemetry:  {'off' if answer is False else 'on'} here: {source}")
-    print(f"Identity:   {_get_or_create_uuid(create=False) or NOT_YET} in {file}")
+    print(f"Identity:   {_get_or_create_uuid(create=False) or NOT_YET} in {_user_file('telemetry.toml')}")
     print(f"Project:    {project or 'none here'}")
     if project:
         event = "Kedro Project Statistics", {"command": "kedro run", "main_command": "run"}
@@ -652,8 +605,8 @@ def _print_status() -> None:
 def _find_project() -> Path | None:
     """The root of the Kedro project around the current directory, as Kedro finds it."""
     with suppress(OSError):
-        folders = [Path.cwd(), *Path.cwd().parents]
-        return next((x for x in folders if b"[tool.kedro]" in (_read(x / "pyproject.toml") or b"")), None)
+        files = [folder / "pyproject.toml" for folder in (Path.cwd(), *Path.cwd().parents)]
+        return next((file.parent for file in files if b"[tool.kedro]" in _read(file)), None)
     return None
 
 
