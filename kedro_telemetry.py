@@ -1,7 +1,6 @@
 """Anonymous usage telemetry for Kedro: one event per command or session, and none after any no.
 
-The module reads as the life of an event: the hooks that Kedro calls, the one function that every event passes, its
-rooms (consent, identity, properties, masking, post), then the files and the command line, `python -m kedro_telemetry`.
+It reads as the life of an event: hooks, the one door, its rooms (consent, identity, properties, masking, post), files.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ except ImportError:  # a bare Python, where only the command line is of use
 
 __version__ = "1.0.0"
 ENDPOINT, APP_ID = "https://heapanalytics.com/api/track", "2388822444"
-DEADLINE, LOCK_PATIENCE = 2.0, 2.0  # seconds that a post may take, and to wait for who else writes the same file
-BACK_OFF = 3600.0  # seconds in which none is tried after a post that ran into the deadline
+DEADLINE, BACK_OFF, LOCK_PATIENCE = 2.0, 3600.0, 2.0  # seconds: for a post, without one after that, for a file's lock
 LARGEST_FILE, LONGEST_TEXT = 2**20, 1023  # bytes; characters that Heap takes in a key or a value
 NOTICE = "Anonymous usage data is sent to the Kedro team. To say no, set the environment variable DO_NOT_TRACK, write \
 'consent: false' into a file .telemetry in your project, or run 'python -m kedro_telemetry disable'. A yes or no of \
@@ -45,7 +43,6 @@ PUBLIC_VALIDATORS = ("pandera", "pydantic", "great_expectations", "kedro", "kedr
 GLOBAL_GROUPS = ("cli", "create_cli", "global_commands")  # as kedro.framework.cli.cli calls them, from 0.18 to 1.x
 LAST_WORDS = ("--help", "-h", "--version", "-V", "--")  # Kedro makes no sense of the words after them
 MASK, NOT_YET = "*****", "(made with the first event)"
-
 QUOTED = r"\"[^\"\\]*\"|'[^']*'"
 PLAIN_KEY = rf"{QUOTED}|\w[\w.-]*(?: [\w.-]+)*"
 PLAIN_VALUE = rf"{QUOTED}|[\w./~+](?:[^\s:#]|:(?=\S)|(?<=\S)#| +(?=[^ #]))*|"
@@ -207,23 +204,21 @@ def _parse_consent(text: str) -> tuple[bool | None, int, bool]:
     Plain are lines of `key: value` or of `key = value`, or one `{key: value}`, in which YAML can see nothing else. A
     file with anything more says yes to nothing, and no if consent is mentioned in it.
     """
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if re.match(" *[^ #]", line)]
+    lines = [(n, line) for n, line in enumerate(text.replace("\0", "").splitlines(), 1) if re.match(" *[^ #]", line)]
     lines = lines[lines[:1] != [] and lines[0][1].rstrip(" ") == "---" :]
     if len(lines) == 1 and (flow := re.fullmatch(r" *\{([^{}\[\]#]*)\} *(?: #.*)?", lines[0][1])):
         lines = [(lines[0][0], item.strip(" ")) for item in flow[1].split(",")]
-    said, layouts, is_odd = [], set(), bool(re.search(REFUSED_BY_YAML, text))  # odd: YAML may see something else in it
+    said, layouts = [], ["odd"] * bool(re.search(REFUSED_BY_YAML, text))  # odd: YAML may see something else in it
     for number, line in lines:
         plain = re.fullmatch(PLAIN_LINE, line) if len(line) <= 1024 else None
         indent, key, separator, blanks, value = plain.groups() if plain else ("",) * 5
         key, value = (x[1:-1] if x[:1] in ("'", '"') else x.strip(" ") for x in (key, value))
         is_plain = plain and (key.lower() == "consent" or separator == "=" or blanks or not value)
-        is_mention = not is_plain and re.search(r"(?i)consent|\"[^\"]*\\([xu]|$)", line.replace("\0", ""))
-        if key.lower() == "consent" or is_mention:
+        layouts.append(indent + separator if is_plain else "odd")
+        if key.lower() == "consent" or (not is_plain and re.search(r"(?i)consent|\"[^\"]*\\([xu]|$)", line)):
             said.append((number, value.lower()))
-        layouts.add((indent, separator))
-        is_odd |= not is_plain
-    no = [number for number, word in said if word in NO_WORDS]
-    unclear = [number for number, word in said if is_odd or len(layouts) > 1 or word not in YES_WORDS]
+    no = [n for n, word in said if word in NO_WORDS]
+    unclear = [n for n, word in said if word not in YES_WORDS or "odd" in layouts or len({*layouts}) > 1]
     if no or unclear:
         return False, (no or unclear)[0], bool(no)
     return (True, said[0][0], True) if said else (None, 0, True)
@@ -255,10 +250,9 @@ def _keep_id(path: Path, names: tuple[str, ...], key: str, create: bool) -> Any:
 
 def _user_file(name: str) -> Path:
     """A file in the user's configuration folder for Kedro, which can't be there where there is no home folder."""
-    local, xdg = os.environ.get("LOCALAPPDATA", ""), os.environ.get("XDG_CONFIG_HOME", "")
-    folders = {"win32": os.path.join(local, "kedro"), "darwin": "~/Library/Application Support"}
-    linux = xdg if os.path.isabs(xdg) else "~/.config"  # as its specification says
-    folder = os.path.expanduser(folders.get(sys.platform, linux))
+    windows, xdg = os.path.join(os.environ.get("LOCALAPPDATA", ""), "kedro"), os.environ.get("XDG_CONFIG_HOME", "")
+    folders = {"win32": windows, "darwin": "~/Library/Application Support"}
+    folder = os.path.expanduser(folders.get(sys.platform, xdg if os.path.isabs(xdg) else "~/.config"))
     return Path(folder if os.path.isabs(folder) else f"{os.devnull}/no home folder", "kedro", name)
 
 
@@ -266,17 +260,12 @@ def _user_file(name: str) -> Path:
 def _make_event(name: str, own: Properties, project_path: Path | None, create: bool = True) -> Properties:
     """The body of a post; unless `create`, nothing is written for it, and NOT_YET stands for what is missing."""
     now, identity = time.time(), _get_or_create_uuid(create) or ("" if create else NOT_YET)
-    base = _get_project_properties(identity, project_path, create)
-    if project_path and not create:
-        base.setdefault("project_id", NOT_YET)
+    base = {"project_id": NOT_YET} if project_path and not create else {}
+    base |= _get_project_properties(identity, project_path, create)
     own = {key: x for key, x in _for_heap(own).items() if key not in ("project_id", "tools", "example_pipeline")}
-    return {
-        "app_id": _get_heap_app_id(),
-        "event": str(name)[:LONGEST_TEXT],
-        "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06}Z",
-        "identity": identity or "missing_user_identity",
-        "properties": own | base,
-    }
+    timestamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06}Z"
+    event = {"app_id": _get_heap_app_id(), "event": str(name)[:LONGEST_TEXT], "timestamp": timestamp}
+    return event | {"identity": identity or "missing_user_identity", "properties": own | base}
 
 
 def _get_heap_app_id() -> str:
@@ -303,8 +292,8 @@ def _get_project_properties(user_uuid: str, project_path: Path | None, create: b
     path = Path(project_path or os.devnull, "pyproject.toml")
     with suppress(OSError):
         if kedro := _toml(_read(path), "tool", "kedro"):
-            if isinstance(tools := kedro.get("tools"), (str, list)):  # Kedro writes a list in a text
-                properties["tools"] = ", ".join(re.findall(r"[^][()'\",\s][^][()'\",]*", str(tools))) or None
+            tools = str(kedro.get("tools", ""))  # in which Kedro writes a list
+            properties["tools"] = ", ".join(re.findall(r"[^][()'\",\s][^][()'\",]*", tools)) or None
             properties["example_pipeline"] = kedro.get("example_pipeline")
             running = getattr(sys.modules.get("kedro.framework.project"), "PACKAGE_NAME", None)
             package = kedro.get("package_name") if create is False else running
@@ -322,9 +311,8 @@ def _project_statistics(catalog: Any) -> Properties:
     names = [name for name in names if not name.startswith(("parameters", "params:"))]
     counts: Counter[str] = Counter({"number_of_datasets": len(names)})
     with suppress(Exception, SystemExit):  # this may run the user's code, here and below
-        default = project.pipelines.get("__default__")
-        counts.update({} if default is None else {"number_of_nodes": len(default.nodes)})
         counts["number_of_pipelines"] = len(project.pipelines)
+        counts["number_of_nodes"] = len(project.pipelines["__default__"].nodes)
     declared, known = getattr(catalog, "_lazy_datasets", {}), {}  # by declared type, as Kedro is slow to tell one
     for name in names if hasattr(catalog, "get_type") else []:
         key = str(declared[name].config.get("type")) if name in declared else (name,)
@@ -358,7 +346,6 @@ def _command_properties(command: list[str] | None, project_path: Path | None, wi
         rest = rest[:1]  # of an unknown command, nothing is told
     starters = sys.modules.get("kedro.framework.cli.starters")  # loaded whenever `kedro new` has run
     specs: Any = getattr(starters, "_OFFICIAL_STARTER_SPECS_DICT", getattr(starters, "_OFFICIAL_STARTER_SPECS", {}))
-    official = [name for name in specs if specs[name].origin == "kedro"]  # plugins put theirs there, too
     values, clear = 0, []  # how many of the next words are values, and which may be seen
     for word in rest:
         option, equals, value = word.partition("=")
@@ -369,7 +356,7 @@ def _command_properties(command: list[str] | None, project_path: Path | None, wi
             masked.append(word if values and word in clear else MASK)
             values = len(rest) if is_last else max(values - 1, 0)
         else:
-            clear = official if option in ("--starter", "-s") else []
+            clear = [x for x in specs if specs[x].origin == "kedro"] if option in ("--starter", "-s") else []
             masked += [option, value if value in clear else MASK] if equals else [option]
             values = len(rest) if is_last else 0 if equals else takes[option]
     return {"command": " ".join(["kedro", *masked]), "main_command": [*masked, "kedro"][0]}
@@ -382,8 +369,7 @@ def _root_groups(in_project: bool, with_plugins: bool) -> list[Any]:
     import click
     from kedro.framework.cli import cli
 
-    named = [x for name, x in vars(cli).items() if in_project or name in GLOBAL_GROUPS]
-    groups = [x for x in named if isinstance(x, click.Group)]
+    groups = [x for key, x in vars(cli).items() if isinstance(x, click.Group) and (in_project or key in GLOBAL_GROUPS)]
     scopes = ("global", "project")[: with_plugins * (1 + in_project)]
     for point in [x for scope in scopes for x in entry_points(group=f"kedro.{scope}_commands")]:
         with suppress(Exception):
@@ -445,8 +431,7 @@ def _tls_context() -> Any:
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    chosen = os.environ.get("SSL_CERT_FILE")
-    folder = None if chosen else ssl.get_default_verify_paths().capath
+    folder = None if (chosen := os.environ.get("SSL_CERT_FILE")) else ssl.get_default_verify_paths().capath
     if folder and any(re.fullmatch(r"[0-9a-f]{8}\.\d+", name) for name in os.listdir(folder)):
         context.load_verify_locations(capath=folder)  # each is read when it is needed, which costs nothing
     else:
@@ -529,8 +514,7 @@ def _toml(content: bytes, *names: str) -> Properties | None:
 def _set_in_file(path: Path, names: tuple[str, ...], key: str, value: str | bool) -> None:
     """Set `key` in the table `names` of the TOML file at `path`, and no other byte; OSError if it can't be.
 
-    The old value is replaced, or a line put under the table's header, into its braces or into a new table: the first
-    of these that makes the wanted document is taken. The user's own file starts anew if it is not TOML.
+    Of the edits that may be it, the first that makes the wanted document is. The user's file starts anew if not TOML.
     """
     content, literal = _read(path), json.dumps(value)
     if (wanted := _toml(content)) is None and names == ("telemetry",):
@@ -540,17 +524,16 @@ def _set_in_file(path: Path, names: tuple[str, ...], key: str, value: str | bool
         table = table.setdefault(name, {}) if isinstance(table, dict) else None
     if not isinstance(table, dict):
         raise OSError(f"{path} has no table for {key}")
-    has_key, table[key], text = key in table, value, content.decode()
-    newline = "\r\n" if "\r\n" in text else "\n"
-    line, end = f"{key} = {literal}{newline}", newline if text.endswith("\n") else 2 * newline
-    places = [(*x.span(1), literal) for x in re.finditer(rf"\b{key}[\"']?[ \t]*=[ \t]*({TOML_VALUE})", text) if has_key]
-    for header in re.finditer(rf"^[ \t]*\[.*{names[-1]}.*(?:\n|\Z)", text, re.MULTILINE):
-        places.append((header.end(), header.end(), newline * (header[0][-1] != "\n") + line))
-    for brace in re.finditer(rf"\b{names[-1]}[\"']?[ \t]*=[ \t]*\{{[ \t]*(\}}?)", text):
-        places.append((brace.start(1), brace.start(1), f"{key} = {literal}" + ", " * (not brace[1])))
-    places = [*places[:50], (len(text), len(text), end * bool(text) + f"[{'.'.join(names)}]{newline}{line}")]
-    for start, stop, put in places:
-        edited = f"{text[:start]}{put}{text[stop:]}".encode()
+    table[key], text = value, content.decode()
+    newline, entry, equals = "\r\n" if "\r\n" in text else "\n", f"{key} = {literal}", r"[\"']?[ \t]*=[ \t]*"
+    edits = [(place, literal) for place in re.finditer(rf"\b{key}{equals}({TOML_VALUE})", text)]
+    edits += [(header, newline + entry) for header in re.finditer(rf"(?m)^[ \t]*\[.*{names[-1]}.*?()\r?$", text)]
+    braces = [*re.finditer(rf"\b{names[-1]}{equals}\{{[ \t]*()", text)]
+    edits += [(brace, put) for brace in braces for put in (f"{entry}, ", entry)]
+    gap = newline * (2 - text.endswith("\n")) if text else ""
+    edits[50:] = [(end, f"{gap}[{'.'.join(names)}]{newline}{entry}{newline}") for end in re.finditer(r"()\Z", text)]
+    for place, put in edits:
+        edited = f"{text[: place.start(1)]}{put}{text[place.end(1) :]}".encode()
         with suppress(ValueError, RecursionError):  # compared as JSON, order is nothing and nan is nan
             if len({json.dumps(x, sort_keys=True, default=repr) for x in (wanted, _toml(edited))}) == 1:
                 return _write(path, edited)
@@ -560,17 +543,16 @@ def _set_in_file(path: Path, names: tuple[str, ...], key: str, value: str | bool
 # The command line ---------------------------------------------------------------------------------------------------
 def main(arguments: list[str]) -> int:
     """Run `python -m kedro_telemetry` with `arguments`; gives the exit status."""
-    command, *more = arguments or ["status"]
-    if more or command not in ("status", "enable", "disable", "--help"):
-        print(HELP.splitlines()[0], file=sys.stderr)
-        return 2
     try:
-        if command == "--help":
+        if arguments == ["--help"]:
             print(HELP)
-        elif command == "status":
+        elif arguments in ([], ["status"]):
             _print_status()
+        elif arguments not in (["enable"], ["disable"]):
+            print(HELP.splitlines()[0], file=sys.stderr)
+            return 2
         else:
-            path, consent = _user_file("telemetry.toml"), command == "enable"
+            path, consent = _user_file("telemetry.toml"), arguments == ["enable"]
             with _locked(path.parent):
                 _set_in_file(path, ("telemetry",), "consent", consent)
             print(f"You said {'yes' if consent else 'no'} to telemetry, in every project of yours: {path}")
@@ -604,9 +586,8 @@ def _print_status() -> None:
 
 def _find_project() -> Path | None:
     """The root of the Kedro project around the current directory, as Kedro finds it."""
-    with suppress(OSError):
-        files = [folder / "pyproject.toml" for folder in (Path.cwd(), *Path.cwd().parents)]
-        return next((file.parent for file in files if b"[tool.kedro]" in _read(file)), None)
+    with suppress(OSError, StopIteration):
+        return next(x for x in Path("here").absolute().parents if b"[tool.kedro]" in _read(x / "pyproject.toml"))
     return None
 
 
