@@ -70,14 +70,14 @@ class KedroTelemetryHook:
 
     @_hook("kedro_cli")
     def before_command_run(self, project_metadata: Any, command_args: list[str]) -> None:
-        """Remember the command, which is reported when it has ended or when a session in it has made its catalog."""
+        """Remember the command `command_args` and the project of `project_metadata`, None for none. Never raises."""
         with suppress(Exception):
             self._project_path = project_metadata.project_path if project_metadata else None
             self._command, self._is_unreported = [str(word) for word in command_args], True
 
     @_hook("kedro_cli")
     def after_command_run(self) -> None:
-        """Report the command, unless a session in it was reported."""
+        """Report the command that has ended, unless a session in it was reported. Never raises."""
         is_unreported, command, path = self._is_unreported, self._command, self._project_path
         self._is_unreported, self._command = True, None
         if is_unreported and command is not None:
@@ -87,7 +87,7 @@ class KedroTelemetryHook:
 
     @_hook("kedro")
     def after_context_created(self, context: Any) -> None:
-        """Remember the session by its hook manager: it may make several contexts, and a context several catalogs."""
+        """Remember the session of `context` by its hook manager, as it may make several contexts. Never raises."""
         with suppress(Exception):
             self._project_path, hook_manager = context.project_path, getattr(context, "_hook_manager", context)
             self._is_unreported |= self._command is None and self._hook_manager is not hook_manager
@@ -95,7 +95,7 @@ class KedroTelemetryHook:
 
     @_hook("kedro")
     def after_catalog_created(self, catalog: Any) -> None:
-        """Report the session, once, and with it the command that made it."""
+        """Report the session that made `catalog`, its first, and with it the command that it is in. Never raises."""
         is_unreported, command, path = self._is_unreported, self._command, self._project_path
         self._is_unreported, name = False, "Kedro Project Statistics"
         if is_unreported:
@@ -164,7 +164,7 @@ def _user_consent() -> Consent:
     try:
         content = _read(path).replace(b"\0", b"")  # as in UTF-16
     except OSError:  # a no may be in a file, but not in a directory
-        return (False, str(path), True) if path.is_file() else NOTHING_SAID
+        return NOTHING_SAID if path.exists() and not path.is_file() else (False, str(path), True)
     mentions = [*re.finditer(rb"consent|\\[uU]", content)]
     table = _toml(content, "telemetry") if mentions else {}
     if (answer := "not TOML" if table is None else table.get("consent")) is None:
@@ -542,7 +542,7 @@ def _set_in_file(path: Path, names: tuple[str, ...], key: str, value: str | bool
 
 # The command line ---------------------------------------------------------------------------------------------------
 def main(arguments: list[str]) -> int:
-    """Run `python -m kedro_telemetry` with `arguments`; gives the exit status."""
+    """Run the command that `arguments` are; gives the exit status, 1 where nothing could be written, 2 for nonsense."""
     try:
         if arguments == ["--help"]:
             print(HELP)

@@ -995,6 +995,9 @@ def test_the_users_file_is_read_with_care(config, text, expected):
 def test_a_users_file_that_cant_be_read_may_hold_a_no(config):
     config.write_bytes(b"[telemetry]\nconsent = false\n" + 2**20 * b"#")
     assert kedro_telemetry._user_consent() == (False, str(config), True)
+    config.unlink()
+    config.symlink_to("a disk that is not there")
+    assert kedro_telemetry._user_consent() == (False, str(config), True)
 
 
 SWITCH = 'DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry",)\n'
