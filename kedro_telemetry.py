@@ -338,27 +338,27 @@ def _command_properties(command: list[str] | None, project_path: Path | None, wi
     level = _root_groups(project_path is not None, with_plugins)
     while rest and (below := _subcommands(level, rest[0])):
         level, masked, rest = below, [*masked, rest[0]], rest[1:]
-    takes = {"--help": 0, "-h": 0}  # how many values
+    value_counts = {"--help": 0, "-h": 0}
     for option in (param for command in level for param in command.params if param.param_type_name == "option"):
         count = 0 if option.is_flag or option.count else option.nargs
-        takes |= dict.fromkeys((*option.opts, *option.secondary_opts), count)
-    if not masked and rest and rest[0].partition("=")[0] not in takes:
+        value_counts |= dict.fromkeys((*option.opts, *option.secondary_opts), count)
+    if not masked and rest and rest[0].partition("=")[0] not in value_counts:
         rest = rest[:1]  # of an unknown command, nothing is told
     starters = sys.modules.get("kedro.framework.cli.starters")  # loaded whenever `kedro new` has run
     specs: Any = getattr(starters, "_OFFICIAL_STARTER_SPECS_DICT", getattr(starters, "_OFFICIAL_STARTER_SPECS", {}))
-    values, clear = 0, []  # how many of the next words are values, and which may be seen
+    values_left, clear_values = 0, []
     for word in rest:
         option, equals, value = word.partition("=")
-        is_last = option in LAST_WORDS and not takes.get(option)
-        if not (values or option in takes or with_plugins):  # a plugin may know it; it takes time to look for them
+        is_last = option in LAST_WORDS and not value_counts.get(option)
+        if not (values_left or option in value_counts or with_plugins):  # a plugin may know it, and costs time to ask
             return _command_properties(command, project_path, with_plugins=True)
-        if values or option not in takes:
-            masked.append(word if values and word in clear else MASK)
-            values = len(rest) if is_last else max(values - 1, 0)
+        if values_left or option not in value_counts:
+            masked.append(word if values_left and word in clear_values else MASK)
+            values_left = len(rest) if is_last else max(values_left - 1, 0)
         else:
-            clear = [x for x in specs if specs[x].origin == "kedro"] if option in ("--starter", "-s") else []
-            masked += [option, value if value in clear else MASK] if equals else [option]
-            values = len(rest) if is_last else 0 if equals else takes[option]
+            clear_values = [x for x in specs if specs[x].origin == "kedro"] if option in ("--starter", "-s") else []
+            masked += [option, value if value in clear_values else MASK] if equals else [option]
+            values_left = len(rest) if is_last else 0 if equals else value_counts[option]
     return {"command": " ".join(["kedro", *masked]), "main_command": [*masked, "kedro"][0]}
 
 
