@@ -525,13 +525,13 @@ def _set_in_file(path: Path, names: tuple[str, ...], key: str, value: str | bool
     if not isinstance(table, dict):
         raise OSError(f"{path} has no table for {key}")
     table[key], text = value, content.decode()
-    newline, entry, equals = "\r\n" if "\r\n" in text else "\n", f"{key} = {literal}", r"[\"']?[ \t]*=[ \t]*"
-    edits = [(place, literal) for place in re.finditer(rf"\b{key}{equals}({TOML_VALUE})", text)]
-    edits += [(header, newline + entry) for header in re.finditer(rf"(?m)^[ \t]*\[.*{names[-1]}.*?()\r?$", text)]
-    braces = [*re.finditer(rf"\b{names[-1]}{equals}\{{[ \t]*()", text)]
-    edits += [(brace, put) for brace in braces for put in (f"{entry}, ", entry)]
+    newline, line, equals = "\r\n" if "\r\n" in text else "\n", f"{key} = {literal}", r"[\"']?[ \t]*=[ \t]*"
+    edits = [(x, literal) for x in re.finditer(rf"\b{key}{equals}({TOML_VALUE})", text)]
+    headers = re.finditer(rf"(?m)^[ \t]*\[.*{names[-1]}.*(?:\n|\Z)()", text)
+    edits += [(x, newline * (x[0][-1] != "\n") + line + newline) for x in headers]
+    edits += [(x, put) for x in re.finditer(rf"\b{names[-1]}{equals}\{{[ \t]*()", text) for put in (f"{line}, ", line)]
     gap = newline * (2 - text.endswith("\n")) if text else ""
-    edits[50:] = [(end, f"{gap}[{'.'.join(names)}]{newline}{entry}{newline}") for end in re.finditer(r"()\Z", text)]
+    edits[50:] = [(x, f"{gap}[{'.'.join(names)}]{newline}{line}{newline}") for x in re.finditer(r"()\Z", text)]
     for place, put in edits:
         edited = f"{text[: place.start(1)]}{put}{text[place.end(1) :]}".encode()
         with suppress(ValueError, RecursionError):  # compared as JSON, order is nothing and nan is nan

@@ -709,6 +709,55 @@ if importlib.util.find_spec("kedro_skills"):
         assert own["identity"] == command["identity"]
 
 
+# The one door --------------------------------------------------------------------------------------------------------
+
+
+def test_in_debug_mode_events_are_printed_and_nothing_leaves_the_machine(project, heap, monkeypatch):
+    plain = kedro_command("info", env={"DO_NOT_TRACK": "1"})
+    monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
+    done = kedro_command("info")
+    event = json.loads(done.stderr.removeprefix(plain.stderr))
+    assert done.stderr == plain.stderr + json.dumps(event, indent=2) + "\n"
+    assert screen(done)[:2] == screen(plain)[:2]
+    assert event["properties"]["command"] == "kedro info"
+    assert heap.connections == []
+    monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", "")
+    kedro_command("info")
+    assert {**heap.events[0], "timestamp": ""} == {**event, "timestamp": ""}
+
+
+def test_in_debug_mode_a_back_off_neither_holds_back_nor_starts(config, heap, monkeypatch, capsys):
+    monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
+    (config.parent / "telemetry.backoff").write_text(str(time.time()))
+    assert send_telemetry_event("x") is False
+    assert json.loads(capsys.readouterr().err)["event"] == "x"
+
+
+def test_what_is_printed_in_debug_mode_is_the_body_indented(project, heap, monkeypatch, capsys):
+    assert send_telemetry_event("x", {"a": 1}, project)
+    monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", "yes")
+    capsys.readouterr()
+    assert send_telemetry_event("x", {"a": 1}, project) is False
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == json.dumps({**heap.events[0], "timestamp": json.loads(err)["timestamp"]}, indent=2) + "\n"
+
+
+@pytest.mark.parametrize("name", ["DO_NOT_TRACK", "file"])
+def test_in_debug_mode_a_no_is_one_line_that_says_by_what(project, heap, monkeypatch, capsys, name):
+    if name == "file":
+        (project / ".telemetry").write_text("\nconsent: perhaps")
+        name = f"{project / '.telemetry'}, line 2"
+    else:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
+    assert send_telemetry_event("x", {}, project) is False
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(rf"kedro-telemetry sends nothing, because of .*{name}\n", err)
+    assert heap.connections == []
+
+
 # Consent -------------------------------------------------------------------------------------------------------------
 
 
@@ -1144,7 +1193,7 @@ def test_an_identity_that_is_there_stays(config, text):
         ("a = 1", 'a = 1\n\n[telemetry]\nuuid = "NEW"\n'),
         ("a = 1 # c\r\n", 'a = 1 # c\r\n\r\n[telemetry]\r\nuuid = "NEW"\r\n'),
         ("[telemetry] # mine\nb = 2\n", '[telemetry] # mine\nuuid = "NEW"\nb = 2\n'),
-        ("[telemetry]", '[telemetry]\nuuid = "NEW"'),
+        ("[telemetry]", '[telemetry]\nuuid = "NEW"\n'),
         ('[telemetry]\nuuid = "bad" # c\nb = nan\n', '[telemetry]\nuuid = "NEW" # c\nb = nan\n'),
         ("[telemetry]\nuuid = 5\n", '[telemetry]\nuuid = "NEW"\n'),
         ("[telemetry]\nuuid = ['x']\n", '[telemetry]\nuuid = "NEW"\n'),
@@ -1278,10 +1327,11 @@ START = "[tool.kedro]\npackage_name = 'spaceships'\n"
         (START, START + '\n[tool.kedro_telemetry]\nproject_id = "NEW"\n'),
         (START.rstrip(), START + '\n[tool.kedro_telemetry]\nproject_id = "NEW"\n'),
         (START.replace("\n", "\r\n"), (START + '\n[tool.kedro_telemetry]\nproject_id = "NEW"\n').replace("\n", "\r\n")),
+        ("[tool.kedro_telemetry]\n\r\n" + START, '[tool.kedro_telemetry]\nproject_id = "NEW"\r\n\r\n' + START),
         ("[tool.kedro_telemetry]\nx = 1\n" + START, '[tool.kedro_telemetry]\nproject_id = "NEW"\nx = 1\n' + START),
         (
             START + "[ tool . 'kedro_telemetry' ] # c",
-            START + "[ tool . 'kedro_telemetry' ] # c\nproject_id = \"NEW\"",
+            START + "[ tool . 'kedro_telemetry' ] # c\nproject_id = \"NEW\"\n",
         ),
         (
             START + "y = '''\n[tool.kedro_telemetry]\n'''",
@@ -1986,55 +2036,6 @@ def test_a_new_file_has_the_mode_that_the_user_wants(home):
     finally:
         os.umask(old)
     assert stat.S_IMODE((home / "config" / "kedro" / "telemetry.toml").stat().st_mode) == 0o600
-
-
-# Seeing each event ---------------------------------------------------------------------------------------------------
-
-
-def test_in_debug_mode_events_are_printed_and_nothing_leaves_the_machine(project, heap, monkeypatch):
-    plain = kedro_command("info", env={"DO_NOT_TRACK": "1"})
-    monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
-    done = kedro_command("info")
-    event = json.loads(done.stderr.removeprefix(plain.stderr))
-    assert done.stderr == plain.stderr + json.dumps(event, indent=2) + "\n"
-    assert screen(done)[:2] == screen(plain)[:2]
-    assert event["properties"]["command"] == "kedro info"
-    assert heap.connections == []
-    monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", "")
-    kedro_command("info")
-    assert {**heap.events[0], "timestamp": ""} == {**event, "timestamp": ""}
-
-
-def test_in_debug_mode_a_back_off_neither_holds_back_nor_starts(config, heap, monkeypatch, capsys):
-    monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
-    (config.parent / "telemetry.backoff").write_text(str(time.time()))
-    assert send_telemetry_event("x") is False
-    assert json.loads(capsys.readouterr().err)["event"] == "x"
-
-
-def test_what_is_printed_in_debug_mode_is_the_body_indented(project, heap, monkeypatch, capsys):
-    assert send_telemetry_event("x", {"a": 1}, project)
-    monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", "yes")
-    capsys.readouterr()
-    assert send_telemetry_event("x", {"a": 1}, project) is False
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err == json.dumps({**heap.events[0], "timestamp": json.loads(err)["timestamp"]}, indent=2) + "\n"
-
-
-@pytest.mark.parametrize("name", ["DO_NOT_TRACK", "file"])
-def test_in_debug_mode_a_no_is_one_line_that_says_by_what(project, heap, monkeypatch, capsys, name):
-    if name == "file":
-        (project / ".telemetry").write_text("\nconsent: perhaps")
-        name = f"{project / '.telemetry'}, line 2"
-    else:
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
-    assert send_telemetry_event("x", {}, project) is False
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert re.fullmatch(rf"kedro-telemetry sends nothing, because of .*{name}\n", err)
-    assert heap.connections == []
 
 
 # The command line ----------------------------------------------------------------------------------------------------
