@@ -521,7 +521,7 @@ def _set_in_file(path: Path, names: tuple[str, ...], key: str, value: str | bool
         content, wanted = b"", {}
     table: Any = wanted
     for name in names:
-        table = table.setdefault(name, {}) if isinstance(table, dict) else None
+        table = table.setdefault(name, {})
     if not isinstance(table, dict):
         raise OSError(f"{path} has no table for {key}")
     table[key], text = value, content.decode()

@@ -743,13 +743,14 @@ def test_what_is_printed_in_debug_mode_is_the_body_indented(project, heap, monke
     assert err == json.dumps({**heap.events[0], "timestamp": json.loads(err)["timestamp"]}, indent=2) + "\n"
 
 
-@pytest.mark.parametrize("name", ["DO_NOT_TRACK", "file"])
-def test_in_debug_mode_a_no_is_one_line_that_says_by_what(project, heap, monkeypatch, capsys, name):
+@pytest.mark.parametrize("name", ["DO_NOT_TRACK", "GITHUB_REPOSITORY_OWNER", "file"])
+def test_in_debug_mode_a_no_is_one_line_that_says_by_what(project, home, heap, monkeypatch, capsys, name):
     if name == "file":
         (project / ".telemetry").write_text("\nconsent: perhaps")
         name = f"{project / '.telemetry'}, line 2"
+        monkeypatch.chdir(home)
     else:
-        monkeypatch.setenv(name, "0")
+        monkeypatch.setenv(name, "kedro-org")
     monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
     assert send_telemetry_event("x", {}, project) is False
     out, err = capsys.readouterr()
@@ -793,7 +794,7 @@ YESES = ["true", "True", "TRUE", "yes", "YES", "on", "y", "1", "'true'", '"yes"'
             "{{ 'consent': {} }}",
         ),
         *("# a comment\n\nconsent: {}\r\n", "consent: {} # why\r\n", "name: x\nconsent: {}\nurl: http://a.b/c#d\n"),
-        *("name=x\nconsent={}\n", "---\nconsent: {}\n", 'note: "a # b"\nconsent: {}', "{{name: x, consent: {}}} # c"),
+        *("name=x\nconsent={}\n", "--- \nconsent: {}\n", 'note: "a # b"\nconsent: {}', "{{name: x, consent: {}}} # c"),
         *("consent: {}\rname: x y z\r", "nothing:\nconsent: {}", "consent: {}\nconsent: {}"),
     ],
 )
@@ -838,6 +839,7 @@ UNCLEAR = [
         "consent: true\n name: x",
     ),
     *("consent: true\nname=x", "consent: true\nurl:x", "{consent: true", "[consent, true]", '"con\\x73ent": false'),
+    *("noconsent:yes", "{a: b, noconsent:yes}"),
     *(
         "{name: x, {consent: false}}",
         "{consent: false x, Consent: true}",
@@ -941,7 +943,7 @@ def test_a_file_that_cant_be_read_is_a_no_and_kedro_runs_on(project, heap, kind,
     elif kind == "link":
         path.symlink_to(project / "nowhere")
     elif kind == "latin":
-        path.write_bytes(b"consent: true\n\xe9\n")
+        path.write_bytes(b"\nconsent: true\n\xe9\n")
     elif kind == "utf-16":
         path.write_text("consent: true", encoding="utf-16")
     elif kind == "huge":
@@ -953,7 +955,7 @@ def test_a_file_that_cant_be_read_is_a_no_and_kedro_runs_on(project, heap, kind,
     assert (heap.connections, os.listdir(os.environ["HOME"])) == ([], [])
     answer, source, is_unclear = kedro_telemetry._find_consent(project)
     assert (answer, is_unclear) == (False, True)
-    assert source == f"{path}{', line 2' if kind == 'latin' else ', line 1' if kind == 'utf-16' else ''}"
+    assert source == f"{path}{', line 3' if kind == 'latin' else ', line 1' if kind == 'utf-16' else ''}"
 
 
 def test_an_unclear_no_is_one_warning_that_tells_the_file_and_the_line(project, heap):
@@ -973,10 +975,28 @@ def test_the_warning_is_no_markup_that_a_path_could_break(project, heap, caplog)
     assert (record.getMessage(), record.levelname, record.markup) == (told, "WARNING", False)
 
 
-def test_a_plain_no_is_silent(project, heap, capfd, caplog):
-    (project / ".telemetry").write_text("consent: false\n")
-    assert invoke(project, "info").exit_code == 0
+@pytest.mark.parametrize("where", ["file", "settings", "variable", "command"])
+def test_a_plain_no_is_silent(project, heap, monkeypatch, capfd, caplog, where):
+    command = ["info"]
+    if where == "file":
+        (project / ".telemetry").write_text("consent: false\n")
+    elif where == "settings":
+        (project / "src" / "spaceships" / "settings.py").write_text(SWITCH)
+    elif where == "variable":
+        monkeypatch.setenv("DO_NOT_TRACK", "1")
+    else:
+        command = ["new", "--telemetry=no", "--help"]
+    assert invoke(project, *command).exit_code == 0
     assert (heap.connections, debug_lines(caplog)) == ([], [])
+
+
+def test_the_consent_of_a_project_counts_wherever_its_events_come_from(project, home, heap, monkeypatch):
+    (project / ".telemetry").write_text("\n\nconsent: true\n")
+    (home / ".telemetry").write_text("consent: false\n")
+    monkeypatch.chdir(home)
+    assert send_telemetry_event("x", {}, project) is True
+    assert kedro_telemetry._find_consent(project) == (True, f"{project / '.telemetry'}, line 3", False)
+    assert send_telemetry_event("x") is False
 
 
 def test_outside_of_projects_the_file_in_the_current_directory_counts(home, project, monkeypatch):
@@ -1029,6 +1049,7 @@ def test_any_no_outweighs_any_yes(project, config, user, file, consent):
         ("[telemetry]\nconsent = false\n", (False, "line 2", False)),
         ("telemetry = {note = '#1', consent = false}", (False, "line 1", False)),
         ('[telemetry]\n"con\\u0073ent" = false', (False, "line 2", False)),
+        ('\n[telemetry]\n"con\\U00000073ent" = false', (False, "line 3", False)),
         ("\0c\0o\0n\0s\0e\0n\0t\0=\0n\0o", (False, "line 1", True)),
         ("[telemetry]\nconsent = true\n", (True, "line 2", False)),
         ("broken [", (None, "nothing said", False)),
@@ -1290,6 +1311,15 @@ def test_after_a_no_other_packages_find_no_identity_and_make_none(home, config, 
     assert not config.exists()
 
 
+def test_the_no_of_a_project_is_one_for_its_folders(project, config, monkeypatch, capsys):
+    (project / ".telemetry").write_text("consent: false\n")
+    monkeypatch.chdir(project / "conf")
+    assert kedro_telemetry._get_or_create_uuid() == ""
+    assert main([]) == 0
+    assert f"Telemetry:  off here: {project / '.telemetry'}, line 1\n" in capsys.readouterr().out
+    assert not config.exists()
+
+
 def test_many_first_commands_at_once_agree_on_one_identity_and_one_project(project, home):
     pyproject = project / "pyproject.toml"
     before = pyproject.read_text().partition("\n[tool.kedro_telemetry]")[0]
@@ -1492,6 +1522,14 @@ def test_the_project_id_is_of_the_package_that_runs(project, capsys):
     assert kedro_telemetry._get_project_properties(UUID, project)["project_id"] == hashed["spaceships"]
 
 
+def test_asking_for_a_preview_makes_no_identity_and_no_project_id(project, config):
+    (project / "pyproject.toml").write_text(START)
+    event = kedro_telemetry._make_event("x", {}, project, create=False)
+    assert event["identity"] == event["properties"]["project_id"] == "(made with the first event)"
+    assert "tools" not in event["properties"]
+    assert ((project / "pyproject.toml").read_text(), config.exists()) == (START, False)
+
+
 def test_after_a_no_asking_for_properties_makes_no_project_id(project, monkeypatch):
     (project / "pyproject.toml").write_text(START)
     (project / ".telemetry").write_text("consent: false")
@@ -1522,11 +1560,11 @@ def test_the_application_at_heap_can_be_another(heap, monkeypatch):
 def test_an_event_tells_its_time_in_utc(heap, monkeypatch):
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
-    monkeypatch.setattr(time, "time", lambda: 1795448330.040025)
+    monkeypatch.setattr(time, "time", lambda: 1795448331.040025)
     assert send_telemetry_event("x")
     monkeypatch.delenv("TZ")
     time.tzset()
-    assert re.fullmatch(r"2026-11-23T15:38:50\.04002\dZ", heap.events[0]["timestamp"])
+    assert re.fullmatch(r"2026-11-23T15:38:51\.04002\dZ", heap.events[0]["timestamp"])
 
 
 @pytest.mark.parametrize(
@@ -1553,7 +1591,7 @@ def test_tools_are_sent_as_a_list_of_names(project, written, sent):
 @pytest.mark.skipif(KEDRO < (1, 6), reason="validators came with Kedro 1.6")
 def test_validators_are_counted_by_public_library(project, heap):
     catalog = "v{}: {{type: kedro.io.MemoryDataset, validator: {}}}\n"
-    paths = ("pandera.A", "pandera.B", "spaceships.C")
+    paths = ("pandera.api.A", "pandera.B", "spaceships.C")
     text = CATALOG + "".join(catalog.format(i, path) for i, path in enumerate(paths))
     (project / "conf" / "base" / "catalog.yml").write_text(text)
     session_run(project)
@@ -1590,11 +1628,11 @@ def test_a_dataset_whose_type_cant_be_told_is_custom():
     }
 
     class Types:
-        keys = lambda self: [*kinds, "e", "params:x"]  # noqa: E731
-        get_type = lambda self, name: kinds[name]  # noqa: E731
+        keys = lambda self: [*kinds, "e", "params:x", "exit"]  # noqa: E731
+        get_type = lambda self, name: sys.exit() if name == "exit" else kinds[name]  # noqa: E731
 
     counts = {key.partition(".")[2]: count for key, count in statistics(Types()).items() if "type" in key}
-    assert counts == {"kedro.io.X": 1, "kedro_datasets.Y": 1, "kedro_datasets_experimental.Z": 1, "custom": 3}
+    assert counts == {"kedro.io.X": 1, "kedro_datasets.Y": 1, "kedro_datasets_experimental.Z": 1, "custom": 4}
 
 
 @pytest.mark.skipif(KEDRO < (1, 0), reason="catalogs tell types since Kedro 1.0")
@@ -1666,6 +1704,7 @@ def masked(project: Path | None, line: str) -> str:
         ("run --pipeline --env x", "kedro run --pipeline ***** *****"),
         ("run --help --pipeline x", "kedro run --help ***** *****"),
         ("run -h", "kedro run -h"),
+        ("run -h a --pipeline", "kedro run -h ***** *****"),
         ("run -- --pipeline x", "kedro run ***** ***** *****"),
         ("run run", "kedro run *****"),
         ("pipeline create secret --skip-config", "kedro pipeline create ***** --skip-config"),
@@ -1706,7 +1745,8 @@ def plugin(tmp_path, monkeypatch):
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n")
     points = (
-        "[kedro.global_commands]\nplug = plug:everywhere\n[kedro.project_commands]\nplug = plug:inside\nbad = bad:cli\n"
+        "[kedro.global_commands]\nplug = plug:everywhere\n"
+        "[kedro.project_commands]\nmissing = plug:missing\nplug = plug:inside\nbad = bad:cli\n"
     )
     (metadata / "entry_points.txt").write_text(points)
     (tmp_path / "site" / "bad.py").write_text("1 / 0")
@@ -1753,7 +1793,19 @@ def plugin(tmp_path, monkeypatch):
     @inside.command()
     @click.option("--host", "-h")
     @click.option("--loud", is_flag=True)
+    @click.option("--three", nargs=3)
     def serve(**_): ...
+
+
+    class Lazy(click.Group):
+        def list_commands(self, ctx):
+            return [ctx.command.name + "-off"]
+
+        def get_command(self, ctx, name):
+            return serve if name == ctx.command.name + "-off" else None
+
+
+    inside.add_command(Lazy("lift"))
     """
     (tmp_path / "site" / "plug.py").write_text(textwrap.dedent(code))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
@@ -1772,6 +1824,11 @@ def plugin(tmp_path, monkeypatch):
         ("broken secret", "kedro broken *****", "kedro *****"),
         ("open secret", "kedro open *****", "kedro *****"),
         ("serve -h x --loud --help --loud", "kedro serve -h ***** --loud --help *****", "kedro *****"),
+        (
+            "lift lift-off --three a --loud --loud -h x",
+            "kedro lift lift-off --three ***** ***** ***** -h *****",
+            "kedro *****",
+        ),
     ],
 )
 def test_what_an_installed_plugin_defines_is_clear(project, plugin, line, inside, outside):
@@ -1956,6 +2013,19 @@ def test_only_a_stamp_of_the_last_hour_counts(config, heap, seconds, text, is_he
     os.utime(stamp, (then, then))
     assert send_telemetry_event("x") is not is_held_back
     assert (len(heap.events), stamp.exists()) == (not is_held_back, True)
+
+
+def test_a_first_post_that_hangs_leaves_its_stamp_in_a_new_folder(home, serve, short_deadline):
+    serve("hang")
+    assert kedro_telemetry._post({}) is False
+    assert os.listdir(home / "config" / "kedro") == ["telemetry.backoff"]
+
+
+def test_a_stamp_that_is_no_file_does_not_count(config, heap, at_debug):
+    (config.parent / "telemetry.backoff").mkdir()
+    config.write_text("[telemetry]\nconsent = true\n")
+    assert send_telemetry_event("x") is True
+    assert debug_lines(at_debug) == []
 
 
 @pytest.mark.parametrize("seconds", [-60, 3610])
