@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,6 @@ PLAIN_VALUE = rf"{QUOTED}|[\w./~+](?:[^\s:#]|:(?=\S)|(?<=\S)#| +(?=[^ #]))*|"
 PLAIN_LINE = rf"( *)({PLAIN_KEY}) *([:=])( *+)({PLAIN_VALUE}) *(?:(?<![^ ])#.*)?"
 REFUSED_BY_YAML = "[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 TOML_VALUE = r"(?s:\"{3}.*?\"{3}|'{3}.*?'{3}|\"(?:\\.|[^\"\\\n])*\"|'[^'\n]*'|\[.*?\]|\{[^}\n]*\}|[^\s#,}]+)"
-
 Properties = dict[str, Any]
 Consent = tuple[bool | None, str, bool]  # yes, no or (None) nothing; by what; is it a no that may not be meant as one?
 NOTHING_SAID: Consent = (None, "nothing said", False)
@@ -175,6 +173,8 @@ def _user_consent() -> Consent:
 
 def _settings_consent() -> Consent:
     """Kedro's own switch, DISABLE_HOOKS_FOR_PLUGINS, in the settings that it has loaded for the project that runs."""
+    from importlib.util import find_spec
+
     project: Any = sys.modules.get("kedro.framework.project")
     if (package := getattr(project, "PACKAGE_NAME", None)) is None:
         return NOTHING_SAID
@@ -436,8 +436,9 @@ def _tls_context() -> Any:
         context.load_verify_locations(capath=folder)  # each is read when it is needed, which costs nothing
     else:
         context.load_default_certs()
-        if not chosen and not context.cert_store_stats()["x509_ca"] and find_spec("certifi"):
-            context.load_verify_locations(__import__("certifi").where())
+        with suppress(ImportError):
+            if not chosen and not context.cert_store_stats()["x509_ca"]:
+                context.load_verify_locations(__import__("certifi").where())
     return context
 
 
@@ -594,7 +595,6 @@ def _find_project() -> Path | None:
 # The logger is one in a process: a copy vendored into a project shares its hook with an installed one.
 telemetry_hook: KedroTelemetryHook = vars(logger).setdefault("hook", KedroTelemetryHook())
 plugin = api = sys.modules[f"{__name__}.plugin"] = sys.modules[f"{__name__}.api"] = sys.modules[__name__]
-
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(main(sys.argv[1:]))
