@@ -292,7 +292,7 @@ def _get_project_properties(user_uuid: str, project_path: Path | None, create: b
     path = Path(project_path or os.devnull, "pyproject.toml")
     with suppress(OSError):
         if kedro := _toml(_read(path), "tool", "kedro"):
-            tools = str(kedro.get("tools", ""))  # in which Kedro writes a list
+            tools = str(kedro.get("tools") or "")  # in which Kedro writes a list
             properties["tools"] = ", ".join(re.findall(r"[^][()'\",\s][^][()'\",]*", tools)) or None
             properties["example_pipeline"] = kedro.get("example_pipeline")
             running = getattr(sys.modules.get("kedro.framework.project"), "PACKAGE_NAME", None)
