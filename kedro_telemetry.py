@@ -8,7 +8,6 @@ last.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 from pluggy import HookimplMarker
@@ -49,8 +48,8 @@ Read more: {DOCUMENTATION}"""
 STATUS_HELP = f"""\
 See the events of a command:  KEDRO_TELEMETRY_DEBUG=1 kedro run
 Opt out in all your projects: kedro telemetry disable
-Opt in in all your projects:  kedro telemetry enable
-What is collected, and more:
+Opt in again:                 kedro telemetry enable
+What is sent, and other ways to opt out:
 {DOCUMENTATION}"""
 
 OPT_OUT_VARIABLES = ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY")
@@ -139,10 +138,9 @@ class KedroTelemetryHook:
         if self._is_reported:
             return
         self._is_reported = True
-        command = self._command
         _send(
             event_name,
-            lambda: _command_properties(command) | collect(),
+            lambda: _command_properties(self._command) | collect(),
             self._project_path,
         )
 
@@ -206,11 +204,12 @@ def _log(message: str, *args: object) -> None:
 # Consent
 
 
-class _Consent(NamedTuple):
+class _Consent:
     """Whether consent is granted, denied or (None) neither, and what that rests on."""
 
-    decision: bool | None
-    basis: str
+    def __init__(self, decision: bool | None, basis: str) -> None:
+        self.decision = decision
+        self.basis = basis
 
 
 NO_DECISION = _Consent(None, "nobody has granted or denied consent")
@@ -421,7 +420,8 @@ def _make_event(
     from datetime import UTC, datetime
 
     identity = _user_uuid()
-    base = _base_properties(identity, project_path) | _hashed_project_id(project_path)
+    base = _base_properties(identity, project_path)
+    base["project_id"] = _hashed_project_id(project_path)
     return {
         "app_id": _get_heap_app_id(),
         "event": str(event_name)[:LONGEST_TEXT],
@@ -454,7 +454,7 @@ def _get_project_properties(user_uuid: str, project_path: Path | None) -> Proper
     """
     properties = _base_properties(user_uuid, project_path)
     if _check_for_telemetry_consent(project_path) is not False:
-        properties |= _hashed_project_id(project_path)
+        properties["project_id"] = _hashed_project_id(project_path)
     return _for_heap(properties)
 
 
@@ -496,15 +496,15 @@ def _pyproject(project_path: Path | None) -> Path:
     return Path(project_path or os.devnull, "pyproject.toml")
 
 
-def _hashed_project_id(project_path: Path | None) -> Properties:
+def _hashed_project_id(project_path: Path | None) -> str | None:
     """`project_id`, whose id is made at the first event of a project."""
     from hashlib import sha512
 
     project_id = _project_id(_pyproject(project_path))
     if project_id is None:
-        return {}
+        return None
     package = _loaded_package() or "undefined_package_name"
-    return {"project_id": sha512(f"{project_id}{package}".encode()).hexdigest()}
+    return sha512(f"{project_id}{package}".encode()).hexdigest()
 
 
 def _project_statistics(catalog: Any) -> Properties:
@@ -635,8 +635,8 @@ def _mask(words: list[str]) -> list[str]:
         return [MASK]
     masked = words[: len(path)]
     for previous, word in zip(["", *rest], rest, strict=False):
-        is_clear = word in options or _is_official_starter(previous, word)
-        masked.append(word if is_clear else MASK)
+        is_starter = previous in options and _is_official_starter(previous, word)
+        masked.append(word if word in options or is_starter else MASK)
     return masked
 
 
@@ -766,6 +766,8 @@ def _post(event: Properties) -> bool:
 @contextmanager
 def _garbage_collector_paused() -> Iterator[None]:
     """Import in peace: to collect all that Kedro has made takes longer than a post."""
+    import gc
+
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -982,7 +984,9 @@ def _back_off_in_words() -> str:
     if not _back_off_end():
         return "none"
     end = time.localtime(_back_off_end())
-    return time.strftime("until %Y-%m-%d %H:%M:%S, for want of an answer", end)
+    return time.strftime(
+        "until %Y-%m-%d %H:%M:%S, as a post had no answer in time", end
+    )
 
 
 @telemetry.command()
