@@ -54,14 +54,24 @@ What is sent, and other ways to opt out:
 
 OPT_OUT_VARIABLES = ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY")
 CI_VARIABLES = (
-    *("GITLAB_CI", "GITHUB_ACTION", "BITBUCKET_BUILD_NUMBER", "JENKINS_URL"),
-    *("CODEBUILD_BUILD_ID", "CIRCLECI", "TRAVIS", "BUILDKITE"),
+    "GITLAB_CI",
+    "GITHUB_ACTION",
+    "BITBUCKET_BUILD_NUMBER",
+    "JENKINS_URL",
+    "CODEBUILD_BUILD_ID",
+    "CIRCLECI",
+    "TRAVIS",
+    "BUILDKITE",
 )
 GRANT = r"""(["']?)consent\1[ \t]*[:=][ \t]*(["']?)(true|yes|on|y|1)\2"""
 
 PUBLIC_DATASETS = ("kedro.io.", "kedro_datasets.", "kedro_datasets_experimental.")
 PUBLIC_VALIDATORS = (
-    *("pandera", "pydantic", "great_expectations", "kedro", "kedro_datasets"),
+    "pandera",
+    "pydantic",
+    "great_expectations",
+    "kedro",
+    "kedro_datasets",
 )
 CUSTOM = "custom"
 CLASSES_OF_MODULE = r'"(\w+)": \[([^]]*)\]'  # such as "csv_dataset": ["CSVDataset"]
@@ -182,7 +192,8 @@ def _send(
             return False
         consent = _check_for_telemetry_consent(project_path)
         if consent is False:
-            return _explain_denial(project_path)
+            _explain_denial(project_path)
+            return False
         if consent is None:
             _show_notice()
         return _post(_make_event(event_name, collect(), project_path))
@@ -310,12 +321,11 @@ def _parse_consent(text: str) -> bool | None:
     return all(re.fullmatch(GRANT, line) for line in mentions)
 
 
-def _explain_denial(project_path: Path | None) -> bool:
-    """Tell in debug mode why there is no event; False, as for each that is not sent."""
+def _explain_denial(project_path: Path | None) -> None:
+    """Tell in debug mode why there is no event."""
     if _is_debug_mode():
         basis = _find_consent(project_path).basis
         click.echo(f"kedro-telemetry sends nothing: {basis}", err=True)
-    return False
 
 
 def _show_notice() -> None:
@@ -537,12 +547,12 @@ def _dataset_types(catalog: Any, datasets: list[str]) -> Properties:
     if not hasattr(catalog, "get_type"):
         return {}
     resolver = getattr(catalog, "config_resolver", None)
-    configs = getattr(resolver, "config", {})
+    configs = getattr(resolver, "config", {})  # without datasets that exist already
     types: dict[Any, str] = {}
     counts: Counter[str] = Counter()
     for name in datasets:
         declared = configs.get(name, {}).get("type", "")
-        key = declared or name
+        key = declared or (name,)
         if key not in types:
             types[key] = _public_type(catalog, name, declared)
         counts[f"dataset_type_count.{types[key]}"] += 1
