@@ -1,9 +1,9 @@
 """Anonymous usage telemetry for Kedro: one event per command or session.
 
-The module reads as the life of an event. Kedro calls the hooks, which hand the event
-to `_send`, the only way out. Behind it are the rooms that the event passes: consent,
-identity, properties, masking, post and files. The commands of `kedro telemetry` come
-last.
+The module follows the path of an event. Kedro calls the hooks, which pass the event to
+`_send`, the only way to send one. The sections after it are the steps that `_send`
+takes: consent, identity, properties, masking, post and files. The commands of
+`kedro telemetry` come last.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ __version__ = "1.0.0"
 ENDPOINT = "https://heapanalytics.com/api/track"
 APP_ID = "2388822444"
 DOCUMENTATION = "https://docs.kedro.org/en/stable/about/telemetry/"
-DEADLINE = 2.0  # seconds that a post may take
-BACK_OFF = 3600.0  # seconds without a post after one that hit the deadline
+DEADLINE = 2.0  # seconds to wait for a post
+BACK_OFF = 3600.0  # seconds without posts after one that hit the deadline
 LARGEST_FILE = 2**20  # bytes
-LONGEST_TEXT = 1023  # characters that Heap takes in a key or a value
-LARGEST_NUMBER = 1e308  # the largest that every reader of JSON takes
+LONGEST_TEXT = 1023  # characters that Heap accepts in a key or a value
+LARGEST_NUMBER = 1e308  # leaves out inf and nan, which JSON cannot express
 
 NOTICE = f"""\
 Kedro collects anonymous usage data to improve the product.
-`kedro telemetry` shows what is collected and whether telemetry is on.
+`kedro telemetry` shows whether it is on here, and how to see what is collected.
 To opt out, run `kedro telemetry disable` or set the variable DO_NOT_TRACK.
 Read more: {DOCUMENTATION}"""
 STATUS_HELP = f"""\
 See the events of a command:  KEDRO_TELEMETRY_DEBUG=1 kedro run
-Opt out in all your projects: kedro telemetry disable
-Opt in again:                 kedro telemetry enable
-What is sent, and other ways to opt out:
+Opt out for all projects:     kedro telemetry disable
+Opt in for all projects:      kedro telemetry enable
+What is collected, and other ways to opt out:
 {DOCUMENTATION}"""
 
 OPT_OUT_VARIABLES = ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY")
@@ -81,6 +81,7 @@ HELP_OPTIONS = ("-h", "--help")
 STARTER_OPTIONS = ("-s", "--starter")
 
 Properties = dict[str, Any]
+Collect = Callable[[], Properties]
 
 logger = logging.getLogger("kedro_telemetry")
 _cli_hook = HookimplMarker("kedro_cli")
@@ -91,60 +92,60 @@ _session_hook = HookimplMarker("kedro")
 
 
 class KedroTelemetryHook:
-    """Reports each command and each session, by the hooks that Kedro calls in them.
+    """Reports each command and each session.
 
-    It remembers the command that is running, or else the last session. No hook raises,
-    whatever it is handed, as an exception would end the user's command.
+    It remembers the current command, or else the latest session. No hook raises an
+    exception, whatever it is given: that would end the user's command.
     """
 
     def __init__(self) -> None:
-        self._begin()
+        self._remember()
 
-    def _begin(
+    def _remember(
         self, command: list[str] | None = None, project_path: Path | None = None
     ) -> None:
-        """Remember a command, or none, and nothing of what was before."""
+        """Forget the previous command or session, and remember `command` if given."""
         self._command = command
         self._project_path = project_path
-        self._session: object = None
+        self._hook_manager: object = None
         self._is_reported = False
 
     @_cli_hook
     def before_command_run(self, project_metadata: Any, command_args: Any) -> None:
         """Remember the command, and its project if there is one."""
-        self._begin()
+        self._remember()
         with suppress(Exception):
             words = [str(word) for word in command_args]
             path = project_metadata.project_path if project_metadata else None
-            if words[:1] != ["telemetry"]:  # to ask about telemetry is not reported
-                self._begin(words, path)
+            if words[:1] != ["telemetry"]:  # which is not reported
+                self._remember(words, path)
 
     @_session_hook
     def after_context_created(self, context: Any) -> None:
-        """Remember the session, by the hook manager that all its contexts share."""
+        """Remember the session. All its contexts share the hook manager."""
         with suppress(Exception):
-            session = getattr(context, "_hook_manager", context)
-            if self._command is None and self._session is not session:
-                self._begin()
-                self._session = session
+            hook_manager = getattr(context, "_hook_manager", context)
+            if self._command is None and self._hook_manager is not hook_manager:
+                self._remember()
+                self._hook_manager = hook_manager
             self._project_path = context.project_path
 
     @_session_hook
     def after_catalog_created(self, catalog: Any) -> None:
-        """Report the session, and with it the command that created it."""
+        """Report the session, together with the command that created it."""
         self._report("Kedro Project Statistics", lambda: _project_statistics(catalog))
 
     @_cli_hook
     def after_command_run(self) -> None:
-        """Report the command, unless a session has been reported for it."""
+        """Report the command, unless a session of it has been reported."""
         if self._command is None:
             return
-        with suppress(KeyboardInterrupt):  # the command is over: only the wait ends
+        with suppress(KeyboardInterrupt):  # the command has ended: stop waiting only
             self._report("CLI command", dict)
-        self._begin()
+        self._remember()
 
-    def _report(self, event_name: str, collect: Callable[[], Properties]) -> None:
-        """Send the one event of a command or session, whether it arrives or not."""
+    def _report(self, event_name: str, collect: Collect) -> None:
+        """Send the event of a command or session once, whether it arrives or not."""
         if self._is_reported:
             return
         self._is_reported = True
@@ -163,13 +164,13 @@ def send_telemetry_event(
     properties: Properties | None = None,
     project_path: Path | None = None,
 ) -> bool:
-    """Send an event of another Kedro plugin, under the same consent. Never raises.
+    """Send an event of another Kedro plugin, subject to the same consent. Never raises.
 
     Args:
-        event_name: What has happened, such as `kedro_skills_install`.
-        properties: What belongs to it; nothing personal may be in it. The properties
-            that every event has win over those of the same name.
-        project_path: The root of the project that the event is about, if any.
+        event_name: The name of the event, such as `kedro_skills_install`.
+        properties: The event's own properties, which must not be personal. Those that
+            every event has take precedence.
+        project_path: The root of the project that the event belongs to, if any.
 
     Returns:
         True if Heap accepted the event, False otherwise.
@@ -177,15 +178,13 @@ def send_telemetry_event(
     return _send(event_name, lambda: dict(properties or {}), project_path)
 
 
-# The one door
+# The one way to send an event
 
 
-def _send(
-    event_name: str, collect: Callable[[], Properties], project_path: Path | None
-) -> bool:
-    """Take an event through all rooms; True if Heap accepted it. Never raises.
+def _send(event_name: str, collect: Collect, project_path: Path | None) -> bool:
+    """Send an event if consent is not denied; True if Heap accepted it. Never raises.
 
-    `collect` gives the event's own properties and is not called without consent.
+    `collect` returns the event's own properties. It is not called without consent.
     """
     try:
         if os.environ.get("_KEDRO_COMPLETE"):  # the user pressed TAB in a shell
@@ -194,10 +193,12 @@ def _send(
         if consent is False:
             _explain_denial(project_path)
             return False
+        if _back_off_end() and not _is_debug_mode():
+            return False
         if consent is None:
             _show_notice()
         return _post(_make_event(event_name, collect(), project_path))
-    except (Exception, SystemExit) as error:  # no event is worth a user's command
+    except Exception as error:  # telemetry must never end a command
         _log("An event was lost: %s", type(error).__name__)
         return False
 
@@ -207,8 +208,8 @@ def _is_debug_mode() -> bool:
 
 
 def _log(message: str, *args: object) -> None:
-    """Log at DEBUG, for auditors; Kedro's handler would take brackets for markup."""
-    with suppress(Exception, SystemExit):  # a log that fails loses no event
+    """Log at DEBUG, for auditors; to Kedro's log handler, brackets would be markup."""
+    with suppress(Exception, SystemExit):  # a log that fails must not lose an event
         logger.debug(message, *args, extra={"markup": False})
 
 
@@ -216,7 +217,7 @@ def _log(message: str, *args: object) -> None:
 
 
 class _Consent:
-    """Whether consent is granted, denied or (None) neither, and what that rests on."""
+    """A decision (True for granted, False for denied, or None) and what it rests on."""
 
     def __init__(self, decision: bool | None, basis: str) -> None:
         self.decision = decision
@@ -227,17 +228,18 @@ NO_DECISION = _Consent(None, "nobody has granted or denied consent")
 
 
 def _check_for_telemetry_consent(project_path: Path | None) -> bool | None:
-    """True if consent to events of a project is granted, False if denied, else None.
+    """Return True if consent is granted, False if it is denied, and None otherwise.
 
-    Where no project is given, the current directory speaks for it.
+    Without a project, the nearest `.telemetry` from the current directory upwards
+    counts. Kedro's tests patch this function.
     """
     return _find_consent(project_path).decision
 
 
 def _find_consent(project_path: Path | None) -> _Consent:
-    """The first denial of all sources, or else the first grant."""
+    """Return the first denial of all sources, or else the first grant."""
     grant = NO_DECISION
-    for consent in _each_consent(project_path):
+    for consent in _consent_sources(project_path):
         if consent.decision is False:
             return consent
         if grant is NO_DECISION:
@@ -245,8 +247,8 @@ def _find_consent(project_path: Path | None) -> _Consent:
     return grant
 
 
-def _each_consent(project_path: Path | None) -> Iterator[_Consent]:
-    """What each source decides. A new way to opt out has its place here."""
+def _consent_sources(project_path: Path | None) -> Iterator[_Consent]:
+    """Yield what each source decides. Add a new way to opt out here."""
     yield _environment_consent()
     yield _settings_consent()
     yield _file_consent(_user_file(".telemetry"))
@@ -255,15 +257,15 @@ def _each_consent(project_path: Path | None) -> Iterator[_Consent]:
 
 def _environment_consent() -> _Consent:
     for name in OPT_OUT_VARIABLES:
-        if name in os.environ:  # whatever it is set to, even to nothing
+        if name in os.environ:  # to any value, even an empty one
             return _Consent(False, f"{name} is set")
-    if os.environ.get("GITHUB_REPOSITORY_OWNER") == "kedro-org":
+    if os.environ.get("GITHUB_REPOSITORY_OWNER") == "kedro-org":  # Kedro's own CI
         return _Consent(False, "GITHUB_REPOSITORY_OWNER is kedro-org")
     return NO_DECISION
 
 
 def _settings_consent() -> _Consent:
-    """Kedro's own switch, in the settings of the project that Kedro has loaded."""
+    """Kedro's own switch for plugins, in the settings of the project it has loaded."""
     from importlib.util import find_spec
 
     package = _loaded_package()
@@ -271,25 +273,25 @@ def _settings_consent() -> _Consent:
         return NO_DECISION
     module = f"{package}.settings"
     try:
-        # Kedro goes on without settings that it could not import.
+        # Kedro ignores settings that it cannot import.
         if module not in sys.modules and find_spec(module) is not None:
             return _Consent(False, f"{module} could not be imported")
         settings = sys.modules["kedro.framework.project"].settings
         if "kedro-telemetry" not in settings.DISABLE_HOOKS_FOR_PLUGINS:
             return NO_DECISION
-    except Exception:  # what cannot be read may hold the switch
+    except Exception:  # settings that cannot be read may hold the switch
         return _Consent(False, f"{module} could not be read")
     return _Consent(False, f"DISABLE_HOOKS_FOR_PLUGINS is set in {module}")
 
 
 def _loaded_package() -> str | None:
-    """The name of the package of the project that Kedro has loaded, if it has."""
+    """Return the name of the package of the project that Kedro has loaded, if any."""
     project = sys.modules.get("kedro.framework.project")
     return getattr(project, "PACKAGE_NAME", None)
 
 
 def _project_consent_file(project_path: Path | None) -> Path:
-    """`.telemetry` of a project, or else the nearest one from here upwards."""
+    """Return `.telemetry` of a project, or else the nearest one from here upwards."""
     if project_path is not None:
         return Path(project_path, ".telemetry")
     files = [folder / ".telemetry" for folder in _folders_from_here()]
@@ -297,22 +299,22 @@ def _project_consent_file(project_path: Path | None) -> Path:
 
 
 def _file_consent(path: Path) -> _Consent:
-    """What a `.telemetry` file decides; one that cannot be read denies."""
+    """Return what a `.telemetry` file decides; one that cannot be read denies."""
     try:
         decision = _parse_consent((_read(path) or b"").decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError):
         return _Consent(False, f"{path} cannot be read")
     if decision is None:
         return NO_DECISION
-    return _Consent(decision, f"{path} {'grants' if decision else 'denies'} it")
+    return _Consent(decision, f"{path} {'grants' if decision else 'denies'} consent")
 
 
 def _parse_consent(text: str) -> bool | None:
-    """True if `consent: true` is all that the lines of `text` say of consent.
+    """Return True if every line that mentions consent grants it, and nothing else.
 
-    None if they do not mention it, False if they say anything else of it.
+    False if one of them does not, None if no line mentions consent.
     """
-    if "\0" in text:  # UTF-16 without its mark, as the Windows command prompt writes it
+    if "\0" in text:  # UTF-16 without a byte order mark
         return False
     lines = [line.partition("#")[0].rstrip().lower() for line in text.splitlines()]
     mentions = [line for line in lines if "consent" in line]
@@ -322,48 +324,49 @@ def _parse_consent(text: str) -> bool | None:
 
 
 def _explain_denial(project_path: Path | None) -> None:
-    """Tell in debug mode why there is no event."""
+    """In debug mode, print why no event is sent."""
     if _is_debug_mode():
         basis = _find_consent(project_path).basis
         click.echo(f"kedro-telemetry sends nothing: {basis}", err=True)
 
 
 def _show_notice() -> None:
-    """Tell users that events are sent, each of them once."""
-    memory = _user_file("telemetry.notice")
-    if _is_ci_env() or memory.exists():
+    """Show the notice, once per user."""
+    marker = _user_file("telemetry.notice")
+    if _is_ci_env() or marker.exists():
         return
     click.echo(NOTICE, err=True)
-    with suppress(OSError):  # then the notice comes again
-        _write(memory, b"")
+    with suppress(OSError):  # the notice is shown again next time
+        _write(marker, b"")
 
 
 # Identity
 
 
 def _get_or_create_uuid() -> str:
-    """The user's UUID as 32 hex digits, "" if consent is denied or none can be stored.
+    """Return the user's UUID, or "" if consent is denied or it cannot be stored.
 
-    For Kedro-Viz and Kedro's extension for VS Code; events do not come this way.
+    Kedro-Viz and Kedro's extension for VS Code call this. It may create the UUID.
     """
     return "" if _check_for_telemetry_consent(None) is False else _user_uuid()
 
 
 def _user_uuid() -> str:
-    """The user's UUID, made at the first event; "" where none can be stored."""
+    """Return the user's UUID, created if there is none; "" if it cannot be stored."""
     from uuid import uuid4
 
     stored = _stored_uuid()
-    if stored or _is_ci_env():  # a throw-away machine is no new user
+    if stored or _is_ci_env():  # a throw-away machine is not a new user
         return stored
-    content = f'[telemetry]\nuuid = "{uuid4().hex}"\n'
+    path = _user_file("telemetry.toml")
     with suppress(OSError):  # no home folder, or one that is read-only or full
-        _write(_user_file("telemetry.toml"), content.encode())
-    return _stored_uuid()  # which is another one if another command was faster
+        _read(path)  # raises if the file may hold a UUID, but cannot be read
+        _write(path, f'[telemetry]\nuuid = "{uuid4().hex}"\n'.encode())
+    return _stored_uuid()  # of several commands at once, the last one decides
 
 
 def _stored_uuid() -> str:
-    """The UUID in telemetry.toml, "" where there is no valid one."""
+    """Return the UUID in telemetry.toml as 32 hex digits, or "" if none is valid."""
     from uuid import UUID
 
     table = _table(_read_toml(_user_file("telemetry.toml")), "telemetry")
@@ -374,13 +377,13 @@ def _stored_uuid() -> str:
 
 
 def _project_id(pyproject: Path) -> Any:
-    """The id in pyproject.toml, made at the first event of a project; None for none."""
+    """Return the id in pyproject.toml, created if there is none, or else None."""
     from uuid import uuid4
 
     stored = _stored_project_id(pyproject)
     if stored is not None or _is_ci_env():  # a CI job must not change its checkout
         return stored
-    with suppress(OSError):  # a file that cannot be read or written stays without
+    with suppress(OSError):  # a file that cannot be read or written gets no id
         edited = _with_project_id(_read(pyproject) or b"", uuid4().hex)
         if edited is not None:
             _write(pyproject, edited)
@@ -388,7 +391,7 @@ def _project_id(pyproject: Path) -> Any:
 
 
 def _stored_project_id(pyproject: Path) -> Any:
-    """The id in a Kedro project's pyproject.toml, whatever it is; None for none."""
+    """Return the id in a Kedro project's pyproject.toml, of any type, or None."""
     tool = _table(_read_toml(pyproject), "tool")
     if "kedro" not in tool:
         return None
@@ -396,9 +399,10 @@ def _stored_project_id(pyproject: Path) -> Any:
 
 
 def _with_project_id(content: bytes, project_id: str) -> bytes | None:
-    """The pyproject.toml `content` with an id added, None if that cannot be done.
+    """Return pyproject.toml with an id added, or None if that is not possible.
 
-    There are two edits. One will do if it gives the old document plus the id.
+    It tries a line below an existing header, then a table at the end. An edit counts
+    if it results in the old document plus the id.
     """
     document = _parse_toml(content)
     tool = _table(document, "tool")
@@ -423,10 +427,8 @@ def _with_project_id(content: bytes, project_id: str) -> bytes | None:
 # Properties
 
 
-def _make_event(
-    event_name: str, own: Properties, project_path: Path | None
-) -> Properties:
-    """The body of a post. The base properties win over the event's own."""
+def _make_event(name: str, own: Properties, project_path: Path | None) -> Properties:
+    """Return the body of a post. The base properties override the event's own."""
     from datetime import UTC, datetime
 
     identity = _user_uuid()
@@ -434,7 +436,7 @@ def _make_event(
     base["project_id"] = _hashed_project_id(project_path)
     return {
         "app_id": _get_heap_app_id(),
-        "event": str(event_name)[:LONGEST_TEXT],
+        "event": str(name)[:LONGEST_TEXT],
         "timestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "identity": identity or "missing_user_identity",
         "properties": _for_heap(own | base),
@@ -442,25 +444,25 @@ def _make_event(
 
 
 def _get_heap_app_id() -> str:
-    """The application at Heap that receives the events."""
+    """Return the id of the application at Heap that receives the events."""
     return os.environ.get("HEAP_APPID_DEV", APP_ID)
 
 
 def _for_heap(properties: Properties) -> Properties:
-    """`properties` as Heap takes them: short texts, numbers and booleans, no None."""
-    taken: Properties = {}
+    """Convert values to what Heap accepts: short strings, numbers and booleans."""
+    accepted: Properties = {}
     for key, value in properties.items():
         if isinstance(value, (int, float)) and abs(value) < LARGEST_NUMBER:
-            taken[str(key)[:LONGEST_TEXT]] = value
+            accepted[str(key)[:LONGEST_TEXT]] = value
         elif value is not None:
-            taken[str(key)[:LONGEST_TEXT]] = str(value)[:LONGEST_TEXT]
-    return taken
+            accepted[str(key)[:LONGEST_TEXT]] = str(value)[:LONGEST_TEXT]
+    return accepted
 
 
 def _get_project_properties(user_uuid: str, project_path: Path | None) -> Properties:
-    """The base properties of an event; if consent is denied, without `project_id`.
+    """Return the base properties, without `project_id` if consent is denied.
 
-    For Kedro's extension for VS Code; events do not come this way.
+    Kedro's extension for VS Code calls this. It may create the project's id.
     """
     properties = _base_properties(user_uuid, project_path)
     if _check_for_telemetry_consent(project_path) is not False:
@@ -469,12 +471,12 @@ def _get_project_properties(user_uuid: str, project_path: Path | None) -> Proper
 
 
 def _base_properties(user_uuid: str, project_path: Path | None) -> Properties:
-    """The properties that every event has, but for `project_id`.
+    """Return the properties that every event has, but for `project_id`.
 
-    A new property that belongs to every event has its place here.
+    Add a new property of every event here.
     """
     kedro_table = _table(_read_toml(_pyproject(project_path)), "tool", "kedro")
-    # `tools` is an array, or a text that holds a list as Python writes it.
+    # `tools` is an array, or a string that holds a Python list.
     tools = re.sub(r"[]['\"]", "", str(kedro_table.get("tools") or ""))
     return {
         "username": user_uuid,
@@ -489,7 +491,7 @@ def _base_properties(user_uuid: str, project_path: Path | None) -> Properties:
 
 
 def _kedro_version() -> str | None:
-    with suppress(Exception):  # Kedro may refuse a new Python by raising a warning
+    with suppress(Exception):  # Kedro may raise a warning on a Python that is too new
         from kedro import __version__ as version
 
         return version
@@ -502,12 +504,12 @@ def _is_ci_env() -> bool:
 
 
 def _pyproject(project_path: Path | None) -> Path:
-    """pyproject.toml of a project; where there is none, a path at which no file is."""
+    """Return pyproject.toml of a project; without a project, a path with no file."""
     return Path(project_path or os.devnull, "pyproject.toml")
 
 
 def _hashed_project_id(project_path: Path | None) -> str | None:
-    """`project_id`, whose id is made at the first event of a project."""
+    """Return the hash of the project's id and package, or None if it has no id."""
     from hashlib import sha512
 
     project_id = _project_id(_pyproject(project_path))
@@ -518,9 +520,9 @@ def _hashed_project_id(project_path: Path | None) -> str | None:
 
 
 def _project_statistics(catalog: Any) -> Properties:
-    """How large the project is, and of what types its datasets are.
+    """Return the size of the project and the types of its datasets.
 
-    A new property that belongs to a session has its place here.
+    Add a new property of sessions here.
     """
     names = catalog.keys() if hasattr(catalog, "keys") else catalog.list()  # Kedro < 1
     datasets = [x for x in names if not x.startswith(("parameters", "params:"))]
@@ -534,7 +536,7 @@ def _project_statistics(catalog: Any) -> Properties:
 
 def _pipeline_statistics() -> Properties:
     properties = {}
-    with suppress(Exception, SystemExit):  # the user's code, which may raise anything
+    with suppress(Exception, SystemExit):  # the user's code may raise anything
         from kedro.framework.project import pipelines
 
         properties["number_of_pipelines"] = len(pipelines)
@@ -543,11 +545,11 @@ def _pipeline_statistics() -> Properties:
 
 
 def _dataset_types(catalog: Any, datasets: list[str]) -> Properties:
-    """How many datasets are of each public type; Kedro tells types since 1.0."""
+    """Count the datasets of each public type, which catalogs know since Kedro 1.0."""
     if not hasattr(catalog, "get_type"):
         return {}
     resolver = getattr(catalog, "config_resolver", None)
-    configs = getattr(resolver, "config", {})  # without datasets that exist already
+    configs = getattr(resolver, "config", {})  # not of datasets added by code
     types: dict[Any, str] = {}
     counts: Counter[str] = Counter()
     for name in datasets:
@@ -560,12 +562,12 @@ def _dataset_types(catalog: Any, datasets: list[str]) -> Properties:
 
 
 def _public_type(catalog: Any, name: str, declared: str | type) -> str:
-    """The full name of the class of the dataset `name`; CUSTOM if it is not public.
+    """Return the full name of a dataset's class, or CUSTOM if it is not public.
 
-    Kedro is asked only where the declared type does not tell, as it would import the
-    class, and with it pandas, Spark or TensorFlow for datasets that nobody uses.
+    The declared type tells it in most cases. Kedro would import the class, and with it
+    pandas, Spark or TensorFlow, even for datasets that nobody uses.
     """
-    with suppress(Exception, SystemExit):  # a type that does not exist or import
+    with suppress(Exception, SystemExit):  # a type that cannot be found or imported
         found = (declared and _declared_class(declared)) or catalog.get_type(name)
         if found.startswith(PUBLIC_DATASETS):
             return str(found)
@@ -573,13 +575,13 @@ def _public_type(catalog: Any, name: str, declared: str | type) -> str:
 
 
 def _declared_class(declared: str | type) -> str:
-    """The full name of a class as a catalog declares it, found without an import.
+    """Return the full name of a declared class without importing it.
 
-    CUSTOM if it is not public; "" if its package is, but does not tell of the class.
+    CUSTOM if it is not public, "" if it may be, but cannot be told without an import.
     """
     if isinstance(declared, type):
         return f"{declared.__module__}.{declared.__qualname__}"
-    # Kedro, too, looks for a name in `kedro.io`, in `kedro_datasets` and by itself.
+    # Kedro tries "kedro.io.", "kedro_datasets." and no prefix, in this order.
     path = f"kedro.io.{declared.removeprefix('kedro.io.')}"
     module, _, name = path.rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
@@ -590,7 +592,7 @@ def _declared_class(declared: str | type) -> str:
 
 
 def _datasets_class(path: str) -> str:
-    """The full name of a class of kedro-datasets, as the text of its group tells it."""
+    """Find a class of kedro-datasets in the source of its group, such as `pandas`."""
     from importlib.util import find_spec
 
     package, group, *modules, name = path.split(".")
@@ -609,7 +611,7 @@ def _datasets_class(path: str) -> str:
 
 
 def _validator_types(catalog: Any) -> Properties:
-    """How many datasets have a validator of each public library, since Kedro 1.6."""
+    """Count the validators of each public library, which Kedro has since 1.6."""
     specs = getattr(catalog, "validator_specs", None)
     if not specs:
         return {}
@@ -625,7 +627,7 @@ def _validator_types(catalog: Any) -> Properties:
 
 
 def _command_properties(command: list[str] | None) -> Properties:
-    """`command` and `main_command`, masked; neither where no command is running."""
+    """Return `command` and `main_command`, masked, or nothing outside of commands."""
     if command is None:
         return {}
     masked = _mask(command)
@@ -634,60 +636,62 @@ def _command_properties(command: list[str] | None) -> Properties:
 
 
 def _mask(words: list[str]) -> list[str]:
-    """`words`, with MASK for each that neither Kedro nor an installed plugin defines.
+    """Replace each word that neither Kedro nor an installed plugin defines by MASK.
 
-    Clear are the commands, the names of the last one's options and official starters.
+    Commands, the names of the last command's options and official starters stay.
     """
-    path = _known_path(words)
-    options = _option_names(path)
-    rest = _split_at_equals_sign(words[len(path) :], options)
-    if not path and rest and rest[0] not in options:
-        return [MASK]
-    masked = words[: len(path)]
+    commands = _known_commands(words)
+    options = _option_names(commands)
+    rest = _split_at_equals_sign(words[len(commands) :], options)
+    if not commands and rest and rest[0] not in options:
+        return [MASK]  # an unknown command, of which nothing is told
+    masked = words[: len(commands)]
     for previous, word in zip(["", *rest], rest, strict=False):
         is_starter = previous in options and _is_official_starter(previous, word)
         masked.append(word if word in options or is_starter else MASK)
     return masked
 
 
-def _known_path(words: list[str]) -> list[click.Command]:
-    """The commands that `words` begins with, a command a word, as far as known."""
-    path: list[click.Command] = []
+def _known_commands(words: list[str]) -> list[click.Command]:
+    """Return the commands that `words` begins with: a group, and what is below it."""
+    commands: list[click.Command] = []
     groups = _kedro_groups()
     for word in words:
         command = _find_command(groups, word)
-        if command is None and not path and not word.startswith("-"):
+        if command is None and not commands and not word.startswith("-"):
             command = _find_command(_plugin_groups(), word)
         if command is None:
             break
-        path.append(command)
+        commands.append(command)
         groups = [command]
-    return path
+    return commands
 
 
 def _kedro_groups() -> list[click.Command]:
-    """Kedro's groups of commands, all of which are names in the module of its CLI."""
-    from kedro.framework.cli import cli
+    """Return Kedro's groups of commands, which are all names in its CLI module."""
+    from kedro.framework.cli import cli as cli_module
 
-    return [group for group in vars(cli).values() if isinstance(group, click.Group)]
+    groups = vars(cli_module).values()
+    return [group for group in groups if isinstance(group, click.Group)]
 
 
 def _plugin_groups() -> list[click.Command]:
-    """The groups of commands of installed plugins, which take a while to look up."""
+    """Return the groups of commands of the plugins that Kedro has loaded; slow."""
     from importlib.metadata import entry_points
 
     groups = []
     for name in ("kedro.global_commands", "kedro.project_commands"):
         for entry_point in entry_points(group=name):
-            with suppress(Exception):  # Kedro could not load it, either, and said so
-                groups.append(entry_point.load())
+            with suppress(Exception):  # the module has no such group
+                if entry_point.module in sys.modules:
+                    groups.append(entry_point.load())
     return groups
 
 
 def _find_command(groups: Iterable[Any], name: str) -> click.Command | None:
-    """The public command `name` of one of `groups`."""
+    """Return the public command `name` of one of `groups`."""
     for group in groups:
-        with suppress(Exception):  # not a group, or a command that cannot be loaded
+        with suppress(Exception):  # not a group, or a command that does not load
             context = click.Context(group)
             if name in group.list_commands(context):
                 command: click.Command = group.get_command(context, name)
@@ -697,26 +701,26 @@ def _find_command(groups: Iterable[Any], name: str) -> click.Command | None:
 
 
 def _is_public(command: click.Command, group: click.Command) -> bool:
-    """Whether Kedro or a plugin defines `command`, and not code of the project.
+    """Whether Kedro or an installed plugin, and not the project, defines `command`.
 
-    In Kedro's groups only Kedro does; in a plugin's, anybody but the project.
+    In a group of Kedro's, that is Kedro; in a plugin's, any package but the project's.
     """
-    owner = _owner(command)
-    if _owner(group) == "kedro":
-        return owner == "kedro"
-    return owner != _loaded_package()
+    package = _package_of(command)
+    if _package_of(group) == "kedro":
+        return package == "kedro"
+    return package != _loaded_package()
 
 
-def _owner(command: click.Command) -> str:
-    """The package that defines the function behind a command."""
+def _package_of(command: click.Command) -> str:
+    """Return the package that defines the function behind a command."""
     return str(getattr(command.callback, "__module__", "")).partition(".")[0]
 
 
-def _option_names(path: list[click.Command]) -> set[str]:
-    """The names of the options of the last command of `path`, or of `kedro` itself."""
+def _option_names(commands: list[click.Command]) -> set[str]:
+    """Return the names of the options of the last command, or of `kedro` itself."""
     from kedro.framework.cli.cli import cli
 
-    command = path[-1] if path else cli
+    command = commands[-1] if commands else cli
     names = set(HELP_OPTIONS)
     for parameter in command.params:
         if isinstance(parameter, click.Option):
@@ -725,7 +729,7 @@ def _option_names(path: list[click.Command]) -> set[str]:
 
 
 def _split_at_equals_sign(words: list[str], options: set[str]) -> list[str]:
-    """`words`, in which `--option=value` has become two."""
+    """Split each `--option=value` into two words."""
     split = []
     for word in words:
         option, equals_sign, value = word.partition("=")
@@ -734,12 +738,12 @@ def _split_at_equals_sign(words: list[str], options: set[str]) -> list[str]:
 
 
 def _is_official_starter(option: str, value: str) -> bool:
-    """Whether `value` is a starter of Kedro's own; plugins add theirs to the same."""
-    starters: Any = sys.modules.get("kedro.framework.cli.starters")
-    if option not in STARTER_OPTIONS or starters is None:
+    """Whether `value` is a starter of Kedro's own, and not of a plugin."""
+    if option not in STARTER_OPTIONS:
         return False
+    starters = sys.modules.get("kedro.framework.cli.starters")
     specs = getattr(starters, "_OFFICIAL_STARTER_SPECS_DICT", None)
-    specs = specs or starters._OFFICIAL_STARTER_SPECS  # its name in Kedro 0.18
+    specs = specs or getattr(starters, "_OFFICIAL_STARTER_SPECS", {})  # Kedro 0.18
     return value in specs and specs[value].origin == "kedro"
 
 
@@ -747,35 +751,31 @@ def _is_official_starter(option: str, value: str) -> bool:
 
 
 def _post(event: Properties) -> bool:
-    """Post an event to Heap; True if it is accepted before the deadline."""
-    from queue import Empty, SimpleQueue
-
+    """Post an event to Heap; True if Heap accepted it. In debug mode, print it."""
     if _is_debug_mode():
         click.echo(json.dumps(event, indent=2), err=True)
-        return False
-    if _back_off_end():
         return False
     body = json.dumps(event)
     with _garbage_collector_paused():
         opener = _opener()
         request = _request(body)
-    outcomes: SimpleQueue[str] = SimpleQueue()
-    # A name look-up can hang, and only a thread, which is a daemon, can be left alone.
-    threading.Thread(
-        target=lambda: outcomes.put(_deliver(opener, request)), daemon=True
-    ).start()
-    try:
-        outcome = outcomes.get(timeout=DEADLINE)
-    except Empty:
-        outcome = "no answer in time"
+    outcomes: list[str] = []
+    # A name look-up has no time-out: only a daemon thread can be left behind with it.
+    thread = threading.Thread(
+        target=lambda: outcomes.append(_deliver(opener, request)), daemon=True
+    )
+    thread.start()
+    thread.join(DEADLINE)
+    outcome = outcomes[0] if outcomes else None
+    if outcome is None:
         _start_back_off()
-    _log("Posted %s: %s", body, outcome)
+    _log("Posted %s: %s", body, outcome or "no answer in time")
     return outcome == "200"
 
 
 @contextmanager
 def _garbage_collector_paused() -> Iterator[None]:
-    """Import in peace: to collect all that Kedro has made takes longer than a post."""
+    """Keep imports from starting a collection, which takes up to 100 ms in Kedro."""
     import gc
 
     was_enabled = gc.isenabled()
@@ -788,7 +788,7 @@ def _garbage_collector_paused() -> Iterator[None]:
 
 
 def _opener() -> OpenerDirector:
-    """An opener that knows the user's proxies and HTTPS, and so follows no redirect."""
+    """Return an opener for proxies and HTTPS only: it has no handler for redirects."""
     from urllib.request import HTTPSHandler, OpenerDirector, ProxyHandler
 
     opener = OpenerDirector()
@@ -798,14 +798,14 @@ def _opener() -> OpenerDirector:
 
 
 def _tls_context() -> SSLContext:
-    """A context that trusts whom the platform trusts; certifi where that is nobody."""
+    """Return a context with the authorities of the platform, or else of certifi."""
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     file = os.environ.get("SSL_CERT_FILE")
     folder = ssl.get_default_verify_paths().capath
     if not file and folder and _has_hashed_certificates(folder):
-        # OpenSSL reads the one that it needs, where a bundle takes 20 ms to load.
+        # OpenSSL reads the one that it needs; to load a bundle takes 20 ms.
         context.load_verify_locations(capath=folder)
         return context
     context.load_default_certs()
@@ -830,34 +830,34 @@ def _request(body: str) -> Request:
 
 
 def _deliver(opener: OpenerDirector, request: Request) -> str:
-    """Send a request, whatever time it takes: its status, or an exception's name.
+    """Send a request, however long it takes; return its status or an exception's name.
 
-    A thread that logs or writes while Python ends can abort it: nothing but the
-    network belongs here.
+    Only the network belongs here: a thread that logs or writes while Python ends can
+    abort it.
     """
     try:
         with opener.open(request, timeout=2 * DEADLINE) as response:
             return str(response.status)
-    except Exception as error:  # one try: the event is lost
+    except Exception as error:  # there is no second try
         return type(error).__name__
 
 
-_back_off_start = 0.0  # seconds since the epoch, where no file can remember it
+_back_off_start = 0.0  # seconds since the epoch, if it cannot be stored in a file
 
 
 def _start_back_off() -> None:
-    """Post nothing for a while, in this process and in those to come."""
+    """Stop posting for BACK_OFF seconds, in this process and in later ones."""
     global _back_off_start
-    memory = _user_file("telemetry.backoff")
+    marker = _user_file("telemetry.backoff")
     try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        memory.touch()
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
     except OSError:
         _back_off_start = time.time()
 
 
 def _back_off_end() -> float:
-    """When a post may be tried again, in seconds since the epoch; 0.0 for at once."""
+    """Return when posting resumes, in seconds since the epoch; 0.0 if it may go on."""
     starts = [_back_off_start]
     with suppress(OSError):  # no post has hit the deadline
         starts.append(_user_file("telemetry.backoff").stat().st_mtime)
@@ -870,34 +870,34 @@ def _back_off_end() -> float:
 
 
 def _user_file(name: str) -> Path:
-    """A file in the user's configuration folder for Kedro."""
+    """Return the path of a file in the user's configuration folder for Kedro."""
     if sys.platform == "win32":
         folder = os.path.join(os.environ.get("LOCALAPPDATA", ""), "kedro")
     elif sys.platform == "darwin":
         folder = os.path.expanduser("~/Library/Application Support")
     else:
         folder = os.environ.get("XDG_CONFIG_HOME", "")
-        if not os.path.isabs(folder):  # which its specification calls unset
+        if not os.path.isabs(folder):  # counts as unset by the XDG specification
             folder = os.path.expanduser("~/.config")
-    if not os.path.isabs(folder):  # there is no home folder, and so no file
+    if not os.path.isabs(folder):  # without a home folder, a path with no file
         folder = os.devnull
     return Path(folder, "kedro", name)
 
 
 def _folders_from_here() -> list[Path]:
-    """The current directory and all above it, nearest first."""
+    """Return the current directory and its parents, nearest first."""
     here = Path.cwd()
     return [here, *here.parents]
 
 
 def _read(path: Path) -> bytes | None:
-    """The content of a file, None where there is none. OSError if unreadable."""
+    """Return the content of a file, or None if there is none. OSError if unreadable."""
     try:
-        os.lstat(path)
+        os.lstat(path)  # which finds a link to nowhere, too
     except (FileNotFoundError, NotADirectoryError):
         return None
     found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):  # a pipe could keep its reader for ever
+    if not stat.S_ISREG(found.st_mode):  # to read a pipe could block for ever
         raise OSError(f"{path} is not a file")
     if found.st_size > LARGEST_FILE:
         raise OSError(f"{path} is too large")
@@ -905,7 +905,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _read_toml(path: Path) -> Properties:
-    """The document in a TOML file, {} where none can be read."""
+    """Return the document in a TOML file, or {} if it cannot be read."""
     try:
         return _parse_toml(_read(path) or b"")
     except OSError:
@@ -913,17 +913,17 @@ def _read_toml(path: Path) -> Properties:
 
 
 def _parse_toml(content: bytes) -> Properties:
-    """The document that `content` is, {} if it is not TOML."""
+    """Return the TOML document in `content`, or {} if it is not one."""
     import tomllib
 
     try:
         return tomllib.loads(content.decode())
-    except (ValueError, RecursionError):  # not UTF-8, not TOML, or nested too deep
+    except (ValueError, RecursionError):  # not UTF-8, not TOML, or nested too deeply
         return {}
 
 
 def _table(document: Properties, *names: str) -> Properties:
-    """The table `names` of a TOML document, {} where there is none."""
+    """Return the table at the path `names` in a TOML document, or {} for none."""
     found: Any = document
     for name in names:
         found = found.get(name) if isinstance(found, dict) else None
@@ -931,9 +931,9 @@ def _table(document: Properties, *names: str) -> Properties:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Replace a file in one step, so that it is whole at any time. OSError if not done.
+    """Replace a file in one step, so that it is whole at any time. OSError on failure.
 
-    Mode, owner and symbolic links stay; a read-only file stays as it is.
+    Mode, owner and symbolic links stay. A read-only file stays as it is.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -971,53 +971,48 @@ def telemetry(context: click.Context) -> None:
 
 @telemetry.command()
 def status() -> None:
-    """Show whether telemetry is on here, and why. (The default.)"""
-    project_path = _find_project()
+    """Show whether telemetry is on here, and why (the default)."""
+    project_path = _load_nearest_project()
     consent = _find_consent(project_path)
-    pyproject = _pyproject(project_path)
     click.echo(f"Telemetry:   {'off' if consent.decision is False else 'on'} here")
     click.echo(f"Reason:      {consent.basis}")
-    _echo_id("Identity:", _stored_uuid() or None, _user_file("telemetry.toml"))
+    click.echo(f"Identity:    {_stored_uuid() or 'none yet'}")
+    click.echo(f"             in {_user_file('telemetry.toml')}")
     if project_path is not None:
-        _echo_id("Project id:", _stored_project_id(pyproject), pyproject)
+        pyproject = _pyproject(project_path)
+        click.echo(f"Project id:  {_stored_project_id(pyproject) or 'none yet'}")
+        click.echo(f"             in {pyproject}")
     click.echo(f"Endpoint:    {ENDPOINT}")
-    click.echo(f"Back-off:    {_back_off_in_words()}")
+    click.echo(f"Back-off:    {_back_off_in_words(_back_off_end())}")
     click.echo(f"\n{STATUS_HELP}")
 
 
-def _echo_id(label: str, stored: object, path: Path) -> None:
-    click.echo(f"{label:12} {'none yet' if stored is None else stored}")
-    click.echo(f"{'':12} in {path}")
-
-
-def _back_off_in_words() -> str:
-    if not _back_off_end():
+def _back_off_in_words(end: float) -> str:
+    if not end:
         return "none"
-    end = time.localtime(_back_off_end())
-    return time.strftime(
-        "until %Y-%m-%d %H:%M:%S, as a post had no answer in time", end
-    )
+    until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(end))
+    return f"until {until}, as a post had no answer in time"
 
 
 @telemetry.command()
 def enable() -> None:
-    """Opt in in all your projects."""
+    """Opt in for all your projects."""
     path = _write_decision("true")
-    click.echo(f"You have opted in to telemetry in all your projects, in\n{path}")
-    consent = _find_consent(_find_project())
+    click.echo(f"You have opted in to telemetry for all your projects, in\n{path}")
+    consent = _find_consent(_load_nearest_project())
     if consent.decision is False:
         click.echo(f"Telemetry stays off here: {consent.basis}")
 
 
 @telemetry.command()
 def disable() -> None:
-    """Opt out in all your projects."""
+    """Opt out for all your projects."""
     path = _write_decision("false")
-    click.echo(f"You have opted out of telemetry in all your projects, in\n{path}")
+    click.echo(f"You have opted out of telemetry for all your projects, in\n{path}")
 
 
 def _write_decision(decision: str) -> Path:
-    """Write `consent: decision` for all of the user's projects, and tell where."""
+    """Write `consent: decision` for all of the user's projects; return the file."""
     path = _user_file(".telemetry")
     try:
         _write(path, f"consent: {decision}\n".encode())
@@ -1026,38 +1021,40 @@ def _write_decision(decision: str) -> Path:
     return path
 
 
-def _find_project() -> Path | None:
-    """The root of the Kedro project that the current directory is in, now loaded."""
+def _load_nearest_project() -> Path | None:
+    """Find the Kedro project around the current directory, and load its settings.
+
+    `kedro` has loaded them already; `python -m kedro_telemetry` has not.
+    """
     for folder in _folders_from_here():
-        with suppress(OSError):  # a file that is not ours to read
-            if b"[tool.kedro]" in (_read(folder / "pyproject.toml") or b""):
-                _load_project(folder)
+        with suppress(OSError):  # a file that cannot be read
+            if b"[tool.kedro]" in (_read(_pyproject(folder)) or b""):
+                _load_settings(folder)
                 return folder
     return None
 
 
-def _load_project(project_path: Path) -> None:
-    """Let Kedro load a project's settings, where no `kedro` command has done so."""
+def _load_settings(project_path: Path) -> None:
     if _loaded_package() is None:
-        with suppress(Exception):  # a project, or a Python, that Kedro does not take
+        with suppress(Exception):  # a project, or a Python, that Kedro does not support
             from kedro.framework.startup import bootstrap_project
 
             bootstrap_project(project_path)
 
 
 def add_commands() -> None:
-    """Add `kedro telemetry` to Kedro's commands; Kedro calls this when it starts.
+    """Add `kedro telemetry` to Kedro's commands. Kedro calls this when it starts.
 
-    An entry point in `kedro.global_commands` would be simpler, but two of Kedro's own
-    tests compare its groups of commands, and would fail wherever this is installed.
+    An entry point in `kedro.global_commands` would break two of Kedro's own tests,
+    which compare all of its groups of commands.
     """
-    with suppress(Exception):  # all other commands are worth more
+    with suppress(Exception):  # the other commands must work
         from kedro.framework.cli.cli import cli
 
         cli.add_command(telemetry)
 
 
-# Kedro-Viz, kedro-skills and others import from these two.
+# Other packages import from `kedro_telemetry.plugin` and `kedro_telemetry.api`.
 plugin = api = sys.modules[__name__]
 sys.modules[f"{__name__}.plugin"] = plugin
 sys.modules[f"{__name__}.api"] = api
