@@ -136,7 +136,9 @@ class ConnectionToHeap(BaseHTTPRequestHandler):
         heap.properties = heap.event["properties"]
         heap.events.append(heap.event)
         heap.commands.append(heap.properties.get("command"))
-        if heap.hangs("hang-http"):
+        if heap.mode == "garbage":
+            self.wfile.write(b"\0\xff is not HTTP\r\n\r\n")
+        if heap.mode == "garbage" or heap.hangs("hang-http"):
             return
         self.send_response(int(heap.mode) if heap.mode.isdigit() else 200)
         self.send_header("Location", "https://heapanalytics.com/elsewhere")
@@ -144,6 +146,8 @@ class ConnectionToHeap(BaseHTTPRequestHandler):
         while heap.mode == "drip" and not heap.is_over.wait(0.1):
             self.wfile.write(b"X")
         self.end_headers()
+        while heap.mode == "big" and not heap.is_over.is_set():
+            self.wfile.write(b"x" * 2**20)
 
 
 @pytest.fixture(autouse=True)
@@ -497,6 +501,7 @@ DENIALS: dict[str, Callable] = {
 if os.name == "posix":
     DENIALS |= {
         "a link to nowhere": lambda root, _: (root / ".telemetry").symlink_to("gone"),
+        "a loop": lambda root, _: (root / ".telemetry").symlink_to(".telemetry"),
         "a pipe": lambda root, _: os.mkfifo(root / ".telemetry"),
     }
 if os.name == "posix" and os.geteuid() != 0:  # root may read everything
@@ -505,7 +510,7 @@ if os.name == "posix" and os.geteuid() != 0:  # root may read everything
         "a locked folder": lambda _, users: write(users, YES).parent.chmod(0),
     }
 OPT_OUTS = variants("""\
-    DO_NOT_TRACK=1 | DO_NOT_TRACK= | KEDRO_DISABLE_TELEMETRY=
+    DO_NOT_TRACK=1 | DO_NOT_TRACK=0 | DO_NOT_TRACK= | KEDRO_DISABLE_TELEMETRY=
     GITHUB_REPOSITORY_OWNER=kedro-org""")
 
 
@@ -1042,7 +1047,10 @@ def test_what_the_project_defines_is_masked(project, plugin, heap, monkeypatch):
 
 @pytest.mark.parametrize(
     ("mode", "outcome"),
-    [("200", "200"), ("302", "302"), ("500", "500"), ("reset", "[A-Z][A-Za-z]+")],
+    [
+        *(("200", "200"), ("302", "302"), ("500", "500"), ("big", "200")),
+        *(("garbage", "BadStatusLine"), ("reset", "[A-Z][A-Za-z]+")),
+    ],
 )
 def test_an_event_is_posted_once_and_found_in_the_log(mode, outcome, heap, log):
     heap.mode = mode
