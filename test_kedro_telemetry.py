@@ -1079,7 +1079,7 @@ def test_a_lost_event_is_logged_if_the_log_works(error, heap, log, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["hang", "hang-tls", "hang-http", "drip", "look-up"])
 def test_after_the_deadline_a_post_is_given_up(mode, heap, config, log, monkeypatch):
-    monkeypatch.setattr(kedro_telemetry, "DEADLINE", 0.5)
+    monkeypatch.setattr(kedro_telemetry, "DEADLINE", 0.8)
     monkeypatch.setenv("CI", "true")  # no other file makes the folder of the stamp
     heap.mode = mode
     if mode == "look-up":
@@ -1087,7 +1087,7 @@ def test_after_the_deadline_a_post_is_given_up(mode, heap, config, log, monkeypa
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: heap.is_over.wait())
     start = time.monotonic()
     assert send_telemetry_event("x") is False
-    assert 0.5 <= time.monotonic() - start < 1.0
+    assert 0.8 <= time.monotonic() - start < 1.6
     assert log.messages[0].endswith("}: no answer in time")
     assert (config / "telemetry.backoff").read_bytes() == b""
     assert send_telemetry_event("x") is False
