@@ -485,12 +485,14 @@ def deny(file: Path, granting_file: Path | None = None) -> None:
         write(granting_file, YES)
 
 
+ODD_SWITCH = "DISABLE_HOOKS_FOR_PLUGINS = None\n"
 SWITCH = 'DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry",)\n'
 
 # Each is given the root of a project, and the user's file.
 DENIALS: dict[str, Callable] = {
     "settings": lambda root, _: write(root / SETTINGS, SWITCH),
     "broken settings": lambda root, _: write(root / SETTINGS, f"import gone\n{SWITCH}"),
+    "odd settings": lambda root, _: write(root / SETTINGS, ODD_SWITCH),
     "project": lambda root, _: deny(root / ".telemetry"),
     "no plain yes": lambda root, _: write(root / ".telemetry", "{consent: true}"),
     "user": lambda _, users: deny(users),
@@ -526,7 +528,7 @@ def by_a_command(project: Path) -> None:
 
 
 def by_a_session(project: Path) -> None:
-    with contextlib.suppress(ImportError):  # of the settings that cannot be imported
+    with contextlib.suppress(ImportError, TypeError):  # of settings that Kedro refuses
         load_catalogs(project)
 
 
@@ -1231,6 +1233,7 @@ def test_status_tells_ids_and_the_back_off(project, config, known_user, monkeypa
         ("GITHUB_REPOSITORY_OWNER=kedro-org", "GITHUB_REPOSITORY_OWNER is kedro-org"),
         ("settings", "DISABLE_HOOKS_FOR_PLUGINS is set in spaceships.settings"),
         ("broken settings", "spaceships.settings could not be imported"),
+        ("odd settings", "spaceships.settings could not be read"),
         *(("project", "{project} denies consent"), ("user", "{user} denies consent")),
         ("a folder", "{project} cannot be read"),
     ],
