@@ -65,7 +65,8 @@ CI_VARIABLES = (
 )
 GRANT = r"""(["']?)consent\1[ \t]*[:=][ \t]*(["']?)(true|yes|on|y|1)\2"""
 
-PUBLIC_DATASETS = ("kedro.io.", "kedro_datasets.", "kedro_datasets_experimental.")
+DATASET_PACKAGES = ("kedro_datasets.", "kedro_datasets_experimental.")
+PUBLIC_DATASETS = ("kedro.io.", *DATASET_PACKAGES)
 PUBLIC_VALIDATORS = (
     "pandera",
     "pydantic",
@@ -587,7 +588,7 @@ def _declared_class(declared: str | type) -> str:
     found = getattr(sys.modules.get(module), name, None)
     if isinstance(found, type):
         return f"{found.__module__}.{found.__qualname__}"
-    is_full = declared.startswith(PUBLIC_DATASETS)
+    is_full = declared.startswith(DATASET_PACKAGES)
     return _datasets_class(declared if is_full else f"kedro_datasets.{declared}")
 
 
