@@ -42,7 +42,7 @@ LARGEST_NUMBER = 1e308  # leaves out inf and nan, which JSON cannot express
 
 NOTICE = f"""\
 Kedro collects anonymous usage data to improve the product.
-`kedro telemetry` shows whether it is on here, and how to see what is collected.
+Run `kedro telemetry` to see whether it is on here and what is collected.
 To opt out, run `kedro telemetry disable` or set the variable DO_NOT_TRACK.
 Read more: {DOCUMENTATION}"""
 STATUS_HELP = f"""\
@@ -999,7 +999,9 @@ def _back_off_in_words(end: float) -> str:
 def enable() -> None:
     """Opt in for all your projects."""
     path = _write_decision("true")
-    click.echo(f"You have opted in to telemetry for all your projects, in\n{path}")
+    click.echo(
+        f"You have opted in to telemetry for all your projects.\nSaved in {path}"
+    )
     consent = _find_consent(_load_nearest_project())
     if consent.decision is False:
         click.echo(f"Telemetry stays off here: {consent.basis}")
@@ -1009,7 +1011,9 @@ def enable() -> None:
 def disable() -> None:
     """Opt out for all your projects."""
     path = _write_decision("false")
-    click.echo(f"You have opted out of telemetry for all your projects, in\n{path}")
+    click.echo(
+        f"You have opted out of telemetry for all your projects.\nSaved in {path}"
+    )
 
 
 def _write_decision(decision: str) -> Path:

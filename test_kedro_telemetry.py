@@ -1252,10 +1252,10 @@ def test_disable_and_enable_speak_for_all_projects(project, heap):
     file = user_file(".telemetry")
     done = ours("disable")
     assert (done.exit_code, file.read_text()) == (0, "consent: false\n")
-    assert f"out of telemetry for all your projects, in\n{file}\n" in done.output
+    assert f"out of telemetry for all your projects.\nSaved in {file}\n" in done.output
     done = ours("enable")
     assert (done.exit_code, file.read_text()) == (0, "consent: true\n")
-    assert f"in to telemetry for all your projects, in\n{file}\n" in done.output
+    assert f"in to telemetry for all your projects.\nSaved in {file}\n" in done.output
     assert f"Reason:      {file} grants consent\n" in ours().output
     assert kedro_telemetry.NOTICE not in run("info").output
     assert heap.commands == ["kedro info"]
