@@ -296,7 +296,7 @@ def _project_consent_file(project_path: Path | None) -> Path:
     if project_path is not None:
         return Path(project_path, ".telemetry")
     files = [folder / ".telemetry" for folder in _folders_from_here()]
-    return next(filter(os.path.lexists, files), files[0])
+    return next(filter(os.path.lexists, files), Path(".telemetry"))
 
 
 def _file_consent(path: Path) -> _Consent:
@@ -311,9 +311,9 @@ def _file_consent(path: Path) -> _Consent:
 
 
 def _parse_consent(text: str) -> bool | None:
-    """Return True if every line that mentions consent grants it, and nothing else.
+    """Return True if each line that mentions consent is `consent: true` alone.
 
-    False if one of them does not, None if no line mentions consent.
+    False if one of them is not, None if no line mentions consent.
     """
     if "\0" in text:  # UTF-16 without a byte order mark
         return False
@@ -550,12 +550,12 @@ def _dataset_types(catalog: Any, datasets: list[str]) -> Properties:
     if not hasattr(catalog, "get_type"):
         return {}
     resolver = getattr(catalog, "config_resolver", None)
-    configs = getattr(resolver, "config", {})  # not of datasets added by code
+    configs = getattr(resolver, "config", {})
     types: dict[Any, str] = {}
     counts: Counter[str] = Counter()
     for name in datasets:
         declared = configs.get(name, {}).get("type", "")
-        key = declared or (name,)
+        key = declared or (name,)  # a dataset added by code tells its own class
         if key not in types:
             types[key] = _public_type(catalog, name, declared)
         counts[f"dataset_type_count.{types[key]}"] += 1
@@ -887,7 +887,10 @@ def _user_file(name: str) -> Path:
 
 def _folders_from_here() -> list[Path]:
     """Return the current directory and its parents, nearest first."""
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it has been deleted
+        return []
     return [here, *here.parents]
 
 

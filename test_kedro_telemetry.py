@@ -586,6 +586,15 @@ def test_outside_of_projects_the_nearest_file_counts(user, heap, monkeypatch):
     assert send_telemetry_event("x", project_path=user / "a") is True  # has no file
 
 
+@posix
+def test_a_deleted_current_directory_denies_nothing(user, heap, monkeypatch):
+    (user / "gone").mkdir()
+    monkeypatch.chdir(user / "gone")
+    (user / "gone").rmdir()
+    assert kedro_telemetry._get_or_create_uuid() != ""
+    assert send_telemetry_event("x") is True
+
+
 def test_kedro_can_patch_the_question_for_consent(project, heap, monkeypatch):
     check = Mock(return_value=None)
     monkeypatch.setattr("kedro_telemetry.plugin._check_for_telemetry_consent", check)
