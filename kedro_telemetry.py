@@ -581,15 +581,19 @@ def _declared_class(declared: str | type) -> str:
     CUSTOM if it is not public, "" if it may be, but cannot be told without an import.
     """
     if isinstance(declared, type):
-        return f"{declared.__module__}.{declared.__qualname__}"
+        return _full_name(declared)
     # Kedro tries "kedro.io.", "kedro_datasets." and no prefix, in this order.
     path = f"kedro.io.{declared.removeprefix('kedro.io.')}"
     module, _, name = path.rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
     if isinstance(found, type):
-        return f"{found.__module__}.{found.__qualname__}"
+        return _full_name(found)
     is_full = declared.startswith(DATASET_PACKAGES)
     return _datasets_class(declared if is_full else f"kedro_datasets.{declared}")
+
+
+def _full_name(class_: type) -> str:
+    return f"{class_.__module__}.{class_.__qualname__}"
 
 
 def _datasets_class(path: str) -> str:
