@@ -364,6 +364,22 @@ def test_a_session_is_reported_once_for_its_project(project, user, heap, monkeyp
     assert heap.commands == [None, None]
 
 
+def test_a_command_with_two_sessions_is_reported_once(project, heap):
+    code = """
+    import click
+    from kedro.framework.session import KedroSession
+    @click.command()
+    def twice():
+        for _ in range(2):
+            assert KedroSession.create().load_context().catalog
+    cli = click.Group("spaceships", [twice])
+    """
+    write(project / "src/spaceships/cli.py", code)
+    assert run("twice").exit_code == 0
+    assert heap.commands == ["kedro *****"]
+    assert heap.event["event"] == "Kedro Project Statistics"
+
+
 class Trap:
     """What raises whatever is done with it."""
 
@@ -387,9 +403,19 @@ def test_no_hook_raises_whatever_it_is_handed(thing, heap):
     assert send_telemetry_event("x", thing) in (True, False)
 
 
+@pytest.fixture
+def on_ctrl_c() -> Iterator[Callable]:
+    """The function that sets what Ctrl-C does, for this test."""
+    before = signal.getsignal(signal.SIGINT)
+    yield partial(signal.signal, signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
 @posix
-def test_ctrl_c_ends_the_wait_after_a_command_but_stops_a_session(project, heap):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+def test_ctrl_c_ends_the_wait_after_a_command_but_stops_a_session(
+    project, heap, on_ctrl_c
+):
+    on_ctrl_c(signal.default_int_handler)  # a shell may ignore it
     heap.mode = "ctrl-c"
     done = run("info")
     assert (done.exit_code, len(heap.connections)) == (0, 1)
@@ -399,12 +425,11 @@ def test_ctrl_c_ends_the_wait_after_a_command_but_stops_a_session(project, heap)
 
 
 @posix
-def test_a_signal_that_ends_the_process_ends_it_while_an_event_is_posted(heap):
+def test_a_signal_that_ends_the_process_ends_it_in_a_post(heap, on_ctrl_c):
+    on_ctrl_c(lambda *_: sys.exit(3))
     heap.mode = "ctrl-c"
-    before = signal.signal(signal.SIGINT, lambda *_: sys.exit(3))
     with pytest.raises(SystemExit):
         send_telemetry_event("x")
-    signal.signal(signal.SIGINT, before)
 
 
 def test_TAB_sends_nothing(heap, monkeypatch):
@@ -910,14 +935,18 @@ def test_a_declared_type_is_told_by_its_public_name(told, declared, datasets):
 
 @since_kedro_1
 def test_a_dataset_that_exists_and_a_class_in_a_catalog_tell_their_types():
-    config = {"a": {"type": CachedDataset, "dataset": "MemoryDataset"}}
+    cached = {"type": CachedDataset, "dataset": "MemoryDataset"}
+    config = {"a": cached, "b": {"type": "MemoryDataset"}}
     catalog = DataCatalog.from_config(config)
-    catalog["b"] = MemoryDataset(1)
-    catalog["c"] = type("Secret", (MemoryDataset,), {})(1)
+    catalog["c"] = MemoryDataset(1)
+    catalog["MemoryDataset"] = type("Secret", (MemoryDataset,), {})(1)
     catalog["params:d"] = 1
-    counts = {f"dataset_type_count.{name}": 1 for name in (CACHED, MEMORY, "custom")}
-    assert counts.items() <= statistics(catalog).items()
-    assert statistics(catalog)["number_of_datasets"] == 3
+    assert statistics(catalog) == {
+        **{"number_of_datasets": 4, "number_of_pipelines": 0},
+        f"dataset_type_count.{CACHED}": 1,
+        f"dataset_type_count.{MEMORY}": 2,
+        "dataset_type_count.custom": 1,
+    }
 
 
 @since_kedro_1
@@ -1126,6 +1155,16 @@ def test_where_no_stamp_can_be_stored_it_is_remembered(heap, config, monkeypatch
     assert send_telemetry_event("x") is True
 
 
+def test_a_post_that_is_given_up_ends_by_itself(heap, monkeypatch):
+    monkeypatch.setattr(kedro_telemetry, "DEADLINE", 0.2)
+    heap.mode = "hang"
+    before = set(threading.enumerate())
+    assert send_telemetry_event("x") is False
+    (left,) = [x for x in set(threading.enumerate()) - before if x.daemon]
+    left.join(10)
+    assert not left.is_alive()
+
+
 def test_a_process_ends_while_its_post_still_hangs(heap):
     heap.mode = "drip"
     start = time.monotonic()
@@ -1232,7 +1271,16 @@ def test_status_tells_ids_and_the_back_off(project, config, known_user, monkeypa
     for text in (IDENTITY, PROJECT_ID, f"Back-off:    until {end}"):
         assert text in ours().output
     monkeypatch.chdir(config)
-    assert "Project id" not in ours().output
+    (config / "pyproject.toml").mkdir()  # which makes no project
+    done = ours()
+    assert (done.exit_code, "Project id" in done.output) == (0, False)
+
+
+def test_status_works_in_a_project_that_kedro_refuses(project, monkeypatch):
+    write(project / "pyproject.toml", "[tool.kedro]\n")
+    monkeypatch.chdir(project / "conf")
+    done = ours()
+    assert (done.exit_code, "Project id" in done.output) == (0, True)
 
 
 @pytest.mark.parametrize(
