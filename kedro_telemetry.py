@@ -1,9 +1,10 @@
-"""Anonymous usage telemetry for Kedro: one event per command or session.
+"""Anonymised usage telemetry for Kedro: one event per command or session.
 
-The module follows the path of an event. Kedro calls the hooks, which pass the event to
-`_send`, the only way to send one. The sections after it are the steps that `_send`
-takes: consent, identity, properties, masking, post and files. The commands of
-`kedro telemetry` come last.
+The module follows the life of an event. Kedro calls the hooks, which pass the event to
+`_send`, the only way to send one. The sections below it are the steps that an event
+takes: consent, identity, properties, masking, post and files. The commands come last.
+What only an event needs is imported where it is used, so that loading the plugin costs
+next to nothing.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ import json
 import logging
 import os
 import re
+import signal
 import stat
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from pluggy import HookimplMarker
 
 if TYPE_CHECKING:
-    from ssl import SSLContext
-    from urllib.request import OpenerDirector, Request
+    from http.client import HTTPResponse
+    from ssl import DefaultVerifyPaths, SSLContext
 
 __version__ = "1.0.0"
 
@@ -35,25 +37,37 @@ ENDPOINT = "https://heapanalytics.com/api/track"
 APP_ID = "2388822444"
 DOCUMENTATION = "https://docs.kedro.org/en/stable/about/telemetry/"
 DEADLINE = 2.0  # seconds to wait for a post
-BACK_OFF = 3600.0  # seconds without posts after one that hit the deadline
+BACK_OFF = 3600.0  # seconds without posts after one that had no answer in time
 LARGEST_FILE = 2**20  # bytes
 LONGEST_TEXT = 1023  # characters that Heap accepts in a key or a value
 LARGEST_NUMBER = 1e308  # leaves out inf and nan, which JSON cannot express
 
-NOTICE = f"""\
-Kedro collects anonymous usage data to improve the product.
-Run `kedro telemetry` to see whether it is on here and what is collected.
-To opt out, run `kedro telemetry disable` or set the variable DO_NOT_TRACK.
+MODULE = __spec__.name if __spec__ else __name__
+IS_VENDORED = MODULE != "kedro_telemetry"  # such a copy reports sessions only
+COMMAND = f"python -m {MODULE}" if IS_VENDORED else "kedro telemetry"
+SHOWN_COMMAND = "kedro run" if IS_VENDORED else "kedro info"
+
+NOTICE = f"""
+Kedro collects anonymised usage data to improve the product.
+To see whether it does so in this directory, and why, run `{COMMAND}`.
+To opt out, run `{COMMAND} disable` or set the variable DO_NOT_TRACK.
 Read more: {DOCUMENTATION}"""
-STATUS_HELP = f"""\
-See the events of a command:  KEDRO_TELEMETRY_DEBUG=1 kedro run
-Opt out for all projects:     kedro telemetry disable
-Opt in for all projects:      kedro telemetry enable
+STATUS_HELP = f"""
+See an event; nothing is sent:  KEDRO_TELEMETRY_DEBUG=1 {SHOWN_COMMAND}
+Opt out for all your projects:  {COMMAND} disable
+Opt in for all your projects:   {COMMAND} enable
 What is collected, and other ways to opt out:
 {DOCUMENTATION}"""
+GROUP_HELP = f"""See whether telemetry is on, and opt out or in.
+
+To opt out in an environment, set DO_NOT_TRACK or KEDRO_DISABLE_TELEMETRY.
+
+Read more: {DOCUMENTATION}"""
+NO_HOME = "there is no home folder to save it in"
 
 OPT_OUT_VARIABLES = ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY")
 CI_VARIABLES = (
+    "CI",
     "GITLAB_CI",
     "GITHUB_ACTION",
     "BITBUCKET_BUILD_NUMBER",
@@ -62,11 +76,20 @@ CI_VARIABLES = (
     "CIRCLECI",
     "TRAVIS",
     "BUILDKITE",
+    "TF_BUILD",
+    "TEAMCITY_VERSION",
 )
-GRANT = r"""(["']?)consent\1[ \t]*[:=][ \t]*(["']?)(true|yes|on|y|1)\2"""
-
-DATASET_PACKAGES = ("kedro_datasets.", "kedro_datasets_experimental.")
-PUBLIC_DATASETS = ("kedro.io.", *DATASET_PACKAGES)
+KEDRO_TOOLS = (
+    "Linting",
+    "Testing",
+    "Custom Logging",
+    "Documentation",
+    "Data Structure",
+    "PySpark",
+    "Kedro Viz",
+    "None",
+)
+PUBLIC_DATASETS = ("kedro.io.", "kedro_datasets.", "kedro_datasets_experimental.")
 PUBLIC_VALIDATORS = (
     "pandera",
     "pydantic",
@@ -75,89 +98,111 @@ PUBLIC_VALIDATORS = (
     "kedro_datasets",
 )
 CUSTOM = "custom"
-CLASSES_OF_MODULE = r'"(\w+)": \[([^]]*)\]'  # such as "csv_dataset": ["CSVDataset"]
-
 MASK = "*****"
 HELP_OPTIONS = ("-h", "--help")
 STARTER_OPTIONS = ("-s", "--starter")
 
+SESSION_PLUGIN = "kedro-telemetry-session"  # in the hook manager of a session
+
 Properties = dict[str, Any]
-Collect = Callable[[], Properties]
 
 logger = logging.getLogger("kedro_telemetry")
 _cli_hook = HookimplMarker("kedro_cli")
 _session_hook = HookimplMarker("kedro")
 
 
+class _Event(NamedTuple):
+    """What an event is made of, once consent allows it."""
+
+    name: str
+    project_path: Path | None
+    words: list[str] | None = None  # the arguments of the command, if there is one
+    catalog: Any = None  # of the session, if there is one
+    properties: Properties | None = None  # of another plugin
+
+
 # The hooks, in the order in which Kedro calls them
 
 
 class KedroTelemetryHook:
-    """Reports each command and each session.
+    """Reports each command and each session; it knows the current command only.
 
-    It remembers the current command, or else the latest session. No hook raises an
-    exception, whatever it is given: that would end the user's command.
+    No hook raises an exception, whatever it is given: that would end the command.
     """
 
     def __init__(self) -> None:
-        self._remember()
-
-    def _remember(
-        self, command: list[str] | None = None, project_path: Path | None = None
-    ) -> None:
-        """Forget the previous command or session, and remember `command` if given."""
-        self._command = command
-        self._project_path = project_path
-        self._hook_manager: object = None
-        self._is_reported = False
+        self._command: _Activity | None = None
 
     @_cli_hook
     def before_command_run(self, project_metadata: Any, command_args: Any) -> None:
-        """Remember the command, and its project if there is one."""
-        self._remember()
+        """Remember the command, and add `kedro telemetry` before click looks it up."""
+        self._command = None
+        with suppress(Exception):
+            _add_commands(project_metadata)
         with suppress(Exception):
             words = [str(word) for word in command_args]
-            path = project_metadata.project_path if project_metadata else None
             if words[:1] != ["telemetry"]:  # which is not reported
-                self._remember(words, path)
+                self._command = _Activity(words, _path_of(project_metadata))
 
     @_session_hook
     def after_context_created(self, context: Any) -> None:
-        """Remember the session. All its contexts share the hook manager."""
+        """Register what reports the session with the session's own hook manager."""
         with suppress(Exception):
-            hook_manager = getattr(context, "_hook_manager", context)
-            if self._command is None and self._hook_manager is not hook_manager:
-                self._remember()
-                self._hook_manager = hook_manager
-            self._project_path = context.project_path
-
-    @_session_hook
-    def after_catalog_created(self, catalog: Any) -> None:
-        """Report the session, together with the command that created it."""
-        self._report("Kedro Project Statistics", lambda: _project_statistics(catalog))
+            hook_manager = context._hook_manager
+            if not hook_manager.has_plugin(SESSION_PLUGIN):
+                activity = self._command or _Activity(None, None)
+                reporter = _SessionReporter(activity, context.project_path)
+                hook_manager.register(reporter, SESSION_PLUGIN)
 
     @_cli_hook
     def after_command_run(self) -> None:
         """Report the command, unless a session of it has been reported."""
-        if self._command is None:
-            return
-        with suppress(KeyboardInterrupt):  # the command has ended: stop waiting only
-            self._report("CLI command", dict)
-        self._remember()
+        command = self._command
+        self._command = None
+        if command is not None:
+            with suppress(KeyboardInterrupt):  # it has ended, only the wait can be left
+                command.report("CLI command", None)
 
-    def _report(self, event_name: str, collect: Collect) -> None:
-        """Send the event of a command or session once, whether it arrives or not."""
-        if self._is_reported:
-            return
-        self._is_reported = True
-        _send(
-            event_name,
-            lambda: _command_properties(self._command) | collect(),
-            self._project_path,
-        )
+
+class _SessionReporter:
+    """Reports one session, with whose hook manager it is registered."""
+
+    def __init__(self, activity: _Activity, project_path: Path) -> None:
+        self._activity = activity
+        self._project_path = project_path
+
+    @_session_hook(trylast=True)
+    def after_catalog_created(self, catalog: Any) -> None:
+        """Report the session when the user's own hooks have seen its catalog."""
+        self._activity.report("Kedro Project Statistics", self._project_path, catalog)
+
+
+class _Activity:
+    """What is reported once: a command with its sessions, or a session on its own."""
+
+    # Plain data only, without a lock: people copy and pickle sessions.
+
+    def __init__(self, words: list[str] | None, project_path: Path | None) -> None:
+        self._words = words
+        self._project_path = project_path
+        self._is_reported = False
+
+    def report(self, name: str, project_path: Path | None, catalog: Any = None) -> None:
+        """Send one event for the command's project, or else for `project_path`."""
+        if not self._is_reported:
+            self._is_reported = True  # whether the event arrives or not
+            path = self._project_path or project_path
+            _send(_Event(name, path, self._words, catalog))
+
+
+def _path_of(project_metadata: Any) -> Path | None:
+    return getattr(project_metadata, "project_path", None)
 
 
 telemetry_hook = KedroTelemetryHook()
+
+
+# The functions for other packages: Kedro-Viz, Kedro's extension for VS Code, plugins
 
 
 def send_telemetry_event(
@@ -165,7 +210,7 @@ def send_telemetry_event(
     properties: Properties | None = None,
     project_path: Path | None = None,
 ) -> bool:
-    """Send an event of another Kedro plugin, subject to the same consent. Never raises.
+    """Send an event of another Kedro plugin, subject to the same consent.
 
     Args:
         event_name: The name of the event, such as `kedro_skills_install`.
@@ -174,67 +219,128 @@ def send_telemetry_event(
         project_path: The root of the project that the event belongs to, if any.
 
     Returns:
-        True if Heap accepted the event, False otherwise.
+        True if Heap accepted the event, and False otherwise. Nothing is raised, but
+        for what a signal handler of the process raises meanwhile.
     """
-    return _send(event_name, lambda: dict(properties or {}), project_path)
+    return _send(_Event(event_name, project_path, properties=properties))
+
+
+def _check_for_telemetry_consent(project_path: Path | None) -> bool | None:
+    """Return True for granted, False for denied, or None. Kedro's tests patch this."""
+    return _find_consent(project_path).decision
+
+
+def _get_or_create_uuid() -> str:
+    """Return the user's UUID, or "" if consent is denied or it cannot be stored."""
+    if _check_for_telemetry_consent(None) is False:
+        return ""
+    return _get_or_create_identity()
+
+
+def _get_heap_app_id() -> str:
+    """Return the id of the application at Heap that receives the events."""
+    return os.environ.get("HEAP_APPID_DEV", APP_ID)
+
+
+def _get_project_properties(user_uuid: str, project_path: Path | None) -> Properties:
+    """Return what every event tells, without `project_id` if consent is denied."""
+    properties = _base_properties(user_uuid, project_path)
+    if _check_for_telemetry_consent(project_path) is not False:
+        properties["project_id"] = _get_or_create_hashed_project_id(project_path)
+    return _for_heap(properties)
+
+
+def __getattr__(name: str) -> Any:
+    """Return Kedro's `ProjectMetadata`, which kedro-databricks imports from here."""
+    if name != "ProjectMetadata":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from kedro.framework.startup import ProjectMetadata
+
+    return ProjectMetadata
+
+
+# Other packages import from `kedro_telemetry.plugin` and `kedro_telemetry.api`.
+plugin = api = sys.modules[__name__]
+sys.modules[f"{__name__}.plugin"] = plugin
+sys.modules[f"{__name__}.api"] = api
 
 
 # The one way to send an event
 
 
-def _send(event_name: str, collect: Collect, project_path: Path | None) -> bool:
-    """Send an event if consent is not denied; True if Heap accepted it. Never raises.
+def _send(event: _Event) -> bool:
+    """Send an event unless consent is denied; True if Heap accepted it.
 
-    `collect` returns the event's own properties. It is not called without consent.
+    What goes wrong costs the event, never the command. The wait stands outside of
+    that: what a signal handler raises there belongs to the process.
     """
     try:
-        if os.environ.get("_KEDRO_COMPLETE"):  # the user pressed TAB in a shell
+        if not _is_allowed(event.project_path):
             return False
-        consent = _check_for_telemetry_consent(project_path)
-        if consent is False:
-            _explain_denial(project_path)
+        body = _event_body(event)
+        if _is_debug_mode():
+            text = json.dumps(json.loads(body), indent=2)
+            click.echo(f"kedro-telemetry would send:\n{text}", err=True)
             return False
-        if _back_off_end() and not _is_debug_mode():
-            return False
-        if consent is None:
-            _show_notice()
-        return _post(_make_event(event_name, collect(), project_path))
-    except Exception as error:  # telemetry must never end a command
+        _import_for_posts()
+        post = _Post(body)
+        post.start()
+    except Exception as error:
         _log("An event was lost: %s", type(error).__name__)
         return False
+    return _wait_for(post)
+
+
+def _is_allowed(project_path: Path | None) -> bool:
+    """Return whether an event may be sent. Print the notice, or why not, if need be."""
+    if os.environ.get("_KEDRO_COMPLETE"):  # the user pressed TAB in a shell
+        return False
+    decision = _check_for_telemetry_consent(project_path)
+    if decision is False:
+        if _is_debug_mode():
+            reason = _find_consent(project_path).reason
+            click.echo(f"kedro-telemetry sends nothing: {reason}", err=True)
+        return False
+    if _back_off_end() is not None and not _is_debug_mode():
+        _log("A post was left out, as the last one had no answer in time")
+        return False
+    if decision is None:
+        _show_notice()
+    return True
 
 
 def _is_debug_mode() -> bool:
     return bool(os.environ.get("KEDRO_TELEMETRY_DEBUG"))
 
 
+def _show_notice() -> None:
+    """Print the notice, once per user."""
+    marker = _user_file("telemetry.notice")
+    if _is_ci_env() or (marker is not None and marker.exists()):
+        return
+    click.echo(NOTICE, err=True)
+    with suppress(OSError):  # the notice is shown again next time
+        _replace(marker, None, b"")
+
+
 def _log(message: str, *args: object) -> None:
-    """Log at DEBUG, for auditors; to Kedro's log handler, brackets would be markup."""
-    with suppress(Exception, SystemExit):  # a log that fails must not lose an event
+    """Log at DEBUG, for auditors. RichHandler must not read brackets as markup."""
+    # SystemExit: RichHandler raises it where standard output is closed.
+    with suppress(Exception, SystemExit):
         logger.debug(message, *args, extra={"markup": False})
 
 
 # Consent
 
 
-class _Consent:
-    """A decision (True for granted, False for denied, or None) and what it rests on."""
+class _Consent(NamedTuple):
+    """A decision (True for granted, False for denied, or None) and its reason."""
 
-    def __init__(self, decision: bool | None, basis: str) -> None:
-        self.decision = decision
-        self.basis = basis
-
-
-NO_DECISION = _Consent(None, "nobody has granted or denied consent")
+    decision: bool | None
+    reason: str
 
 
-def _check_for_telemetry_consent(project_path: Path | None) -> bool | None:
-    """Return True if consent is granted, False if it is denied, and None otherwise.
-
-    Without a project, the nearest `.telemetry` from the current directory upwards
-    counts. Kedro's tests patch this function.
-    """
-    return _find_consent(project_path).decision
+NO_DECISION = _Consent(None, "on by default: nobody has opted in or out")
 
 
 def _find_consent(project_path: Path | None) -> _Consent:
@@ -251,9 +357,10 @@ def _find_consent(project_path: Path | None) -> _Consent:
 def _consent_sources(project_path: Path | None) -> Iterator[_Consent]:
     """Yield what each source decides. Add a new way to opt out here."""
     yield _environment_consent()
-    yield _settings_consent()
+    yield _settings_consent(project_path)
     yield _file_consent(_user_file(".telemetry"))
-    yield _file_consent(_project_consent_file(project_path))
+    for folder in _project_folders(project_path):
+        yield _file_consent(folder / ".telemetry")
 
 
 def _environment_consent() -> _Consent:
@@ -265,41 +372,54 @@ def _environment_consent() -> _Consent:
     return NO_DECISION
 
 
-def _settings_consent() -> _Consent:
-    """Kedro's own switch for plugins, in the settings of the project it has loaded."""
-    from importlib.util import find_spec
-
-    package = _loaded_package()
+def _settings_consent(project_path: Path | None) -> _Consent:
+    """Return what `settings.py` decides, in a project that Kedro has loaded."""
+    package = _loaded_package(project_path)
     if package is None:
         return NO_DECISION
     module = f"{package}.settings"
     try:
-        # Kedro ignores settings that it cannot import.
-        if module not in sys.modules and find_spec(module) is not None:
-            return _Consent(False, f"{module} could not be imported")
-        settings = sys.modules["kedro.framework.project"].settings
-        if "kedro-telemetry" not in settings.DISABLE_HOOKS_FOR_PLUGINS:
-            return NO_DECISION
-    except Exception:  # settings that cannot be read may hold the switch
+        if module not in sys.modules:
+            return _missing_settings_consent(package, module)
+        settings = vars(sys.modules[module])
+        for name in OPT_OUT_VARIABLES:
+            if name in settings:
+                return _Consent(False, f"{name} is set in {module}")
+        if _is_disabled_by(settings.get("DISABLE_HOOKS_FOR_PLUGINS", ())):
+            return _Consent(False, f"DISABLE_HOOKS_FOR_PLUGINS is set in {module}")
+    except Exception:  # settings that cannot be read may deny consent
         return _Consent(False, f"{module} could not be read")
-    return _Consent(False, f"DISABLE_HOOKS_FOR_PLUGINS is set in {module}")
+    return NO_DECISION
 
 
-def _loaded_package() -> str | None:
-    """Return the name of the package of the project that Kedro has loaded, if any."""
-    project = sys.modules.get("kedro.framework.project")
-    return getattr(project, "PACKAGE_NAME", None)
+def _missing_settings_consent(package: str, module: str) -> _Consent:
+    """Deny where Kedro has ignored settings that it could not import."""
+    from importlib.util import find_spec
+
+    if package != _last_loaded_package():
+        return NO_DECISION
+    # find_spec would import the package once more where Kedro could not.
+    if package in sys.modules and find_spec(module) is None:
+        return NO_DECISION
+    return _Consent(False, f"{module} could not be imported")
 
 
-def _project_consent_file(project_path: Path | None) -> Path:
-    """Return `.telemetry` of a project, or else the nearest one from here upwards."""
-    if project_path is not None:
-        return Path(project_path, ".telemetry")
-    files = [folder / ".telemetry" for folder in _folders_from_here()]
-    return next(filter(os.path.lexists, files), Path(".telemetry"))
+def _is_disabled_by(setting: str | Iterable[object]) -> bool:
+    """Return whether the names of plugins in a setting include this one's."""
+    names = [setting] if isinstance(setting, str) else setting
+    return any(re.search("kedro[-_]telemetry", str(name), re.I) for name in names)
 
 
-def _file_consent(path: Path) -> _Consent:
+def _project_folders(project_path: Path | None) -> list[Path]:
+    """Return the project's root, the current directory, and all folders above that."""
+    folders = [] if project_path is None else [Path(project_path)]
+    with suppress(OSError):  # the current directory has been deleted
+        here = Path.cwd()
+        folders += [here, *here.parents]
+    return folders
+
+
+def _file_consent(path: Path | None) -> _Consent:
     """Return what a `.telemetry` file decides; one that cannot be read denies."""
     try:
         decision = _parse_consent((_read(path) or b"").decode("utf-8-sig"))
@@ -311,142 +431,134 @@ def _file_consent(path: Path) -> _Consent:
 
 
 def _parse_consent(text: str) -> bool | None:
-    """Return True if each line that mentions consent is `consent: true` alone.
+    """Return True if all that a text says is `consent: true`, None if it says nothing.
 
-    False if one of them is not, None if no line mentions consent.
+    Anything else denies. Blank lines and lines that start with `#` say nothing.
     """
-    if "\0" in text:  # UTF-16 without a byte order mark
-        return False
-    lines = [line.partition("#")[0].rstrip().lower() for line in text.splitlines()]
-    mentions = [line for line in lines if "consent" in line]
-    if not mentions:
+    lines = [line for line in text.splitlines() if line.strip() and line[0] != "#"]
+    if not lines:
         return None
-    return all(re.fullmatch(GRANT, line) for line in mentions)
-
-
-def _explain_denial(project_path: Path | None) -> None:
-    """In debug mode, print why no event is sent."""
-    if _is_debug_mode():
-        basis = _find_consent(project_path).basis
-        click.echo(f"kedro-telemetry sends nothing: {basis}", err=True)
-
-
-def _show_notice() -> None:
-    """Show the notice, once per user."""
-    marker = _user_file("telemetry.notice")
-    if _is_ci_env() or marker.exists():
-        return
-    click.echo(NOTICE, err=True)
-    with suppress(OSError):  # the notice is shown again next time
-        _write(marker, b"")
+    # Such as `consent: true`, `CONSENT = yes` or `"consent": 'on'  # I agree`
+    grant = (
+        r"""(["']?)consent\1[ \t]*[:=][ \t]*(["']?)(true|yes|on|y|1)\2([ \t]+#.*)?"""
+    )
+    return all(re.fullmatch(grant, line.rstrip(), re.I | re.A) for line in lines)
 
 
 # Identity
 
 
-def _get_or_create_uuid() -> str:
-    """Return the user's UUID, or "" if consent is denied or it cannot be stored.
-
-    Kedro-Viz and Kedro's extension for VS Code call this. It may create the UUID.
-    """
-    return "" if _check_for_telemetry_consent(None) is False else _user_uuid()
-
-
-def _user_uuid() -> str:
+def _get_or_create_identity() -> str:
     """Return the user's UUID, created if there is none; "" if it cannot be stored."""
     from uuid import uuid4
 
-    stored = _stored_uuid()
-    if stored or _is_ci_env():  # a throw-away machine is not a new user
-        return stored
     path = _user_file("telemetry.toml")
-    with suppress(OSError):  # no home folder, or one that is read-only or full
-        _read(path)  # raises if the file may hold a UUID, but cannot be read
-        _write(path, f'[telemetry]\nuuid = "{uuid4().hex}"\n'.encode())
-    return _stored_uuid()  # of several commands at once, the last one decides
+    with suppress(OSError):  # it cannot be read or written, or another was faster
+        content = _read(path)
+        stored = _uuid_in(_parse_toml(content))
+        if stored or _is_ci_env():  # a throw-away machine is not a new user
+            return stored
+        _replace(path, content, f'[telemetry]\nuuid = "{uuid4().hex}"\n'.encode())
+    return _uuid_in(_read_toml(path))
 
 
-def _stored_uuid() -> str:
-    """Return the UUID in telemetry.toml as 32 hex digits, or "" if none is valid."""
+def _uuid_in(document: Properties) -> str:
+    """Return the UUID in `telemetry.toml` as 32 hex digits, or "" if none is valid."""
     from uuid import UUID
 
-    table = _table(_read_toml(_user_file("telemetry.toml")), "telemetry")
     try:
-        return UUID(str(table.get("uuid"))).hex
+        return UUID(str(_table(document, "telemetry").get("uuid"))).hex
     except ValueError:
         return ""
 
 
-def _project_id(pyproject: Path) -> Any:
-    """Return the id in pyproject.toml, created if there is none, or else None."""
+def _get_or_create_hashed_project_id(project_path: Path | None) -> str | None:
+    """Return the hash of the project's id and package, or None if it has no id."""
+    from hashlib import sha512
+
+    project_id = _get_or_create_project_id(_pyproject(project_path))
+    if project_id is None:
+        return None
+    package = _loaded_package(project_path) or "undefined_package_name"
+    return sha512(f"{project_id}{package}".encode()).hexdigest()
+
+
+def _get_or_create_project_id(pyproject: Path | None) -> Any:
+    """Return the id in `pyproject.toml`, created if there is none, or else None."""
     from uuid import uuid4
 
-    stored = _stored_project_id(pyproject)
-    if stored is not None or _is_ci_env():  # a CI job must not change its checkout
-        return stored
-    with suppress(OSError):  # a file that cannot be read or written gets no id
-        edited = _with_project_id(_read(pyproject) or b"", uuid4().hex)
+    with suppress(OSError):  # it cannot be read or written, or another was faster
+        content = _read(pyproject)
+        stored = _project_id_in(_parse_toml(content))
+        if stored is not None or _is_ci_env():  # a CI job must not change its checkout
+            return stored
+        edited = _with_project_id(content or b"", uuid4().hex)
         if edited is not None:
-            _write(pyproject, edited)
-    return _stored_project_id(pyproject)
+            _replace(pyproject, content, edited)
+    return _project_id_in(_read_toml(pyproject))
 
 
-def _stored_project_id(pyproject: Path) -> Any:
-    """Return the id in a Kedro project's pyproject.toml, of any type, or None."""
-    tool = _table(_read_toml(pyproject), "tool")
-    if "kedro" not in tool:
-        return None
-    return _table(tool, "kedro_telemetry").get("project_id")
+def _project_id_in(document: Properties) -> Any:
+    """Return the id in a Kedro project's `pyproject.toml`, of any type, or None."""
+    tool = _table(document, "tool")
+    return (
+        _table(tool, "kedro_telemetry").get("project_id") if "kedro" in tool else None
+    )
 
 
 def _with_project_id(content: bytes, project_id: str) -> bytes | None:
-    """Return pyproject.toml with an id added, or None if that is not possible.
-
-    It tries a line below an existing header, then a table at the end. An edit counts
-    if it results in the old document plus the id.
-    """
-    document = _parse_toml(content)
-    tool = _table(document, "tool")
-    if "kedro" not in tool:
+    """Return `pyproject.toml` with an id in a table at its end, or None for no room."""
+    tool = _table(_parse_toml(content), "tool")
+    if "kedro" not in tool or "kedro_telemetry" in tool:
         return None
-    table = _table(tool, "kedro_telemetry") | {"project_id": project_id}
-    wanted = document | {"tool": tool | {"kedro_telemetry": table}}
+    newline = "\r\n" if b"\r\n" in content else "\n"
+    gap = newline if content.endswith(b"\n") else newline * 2
+    table = f'[tool.kedro_telemetry]{newline}project_id = "{project_id}"{newline}'
+    edited = content + f"{gap}{table}".encode()
+    return edited if _project_id_in(_parse_toml(edited)) == project_id else None
 
-    text = content.decode()
-    newline = "\r\n" if "\r\n" in text else "\n"
-    line = f'project_id = "{project_id}"'
-    header = r"(?m)^\[tool\.kedro_telemetry\][^\r\n]*"
-    below_header = re.sub(header, rf"\g<0>{newline}{line}", text)
-    gap = newline if text.endswith("\n") else newline * 2
-    at_end = f"{text}{gap}[tool.kedro_telemetry]{newline}{line}{newline}"
-    for edited in (below_header.encode(), at_end.encode()):
-        if _parse_toml(edited) == wanted:
-            return edited
-    return None
+
+def _pyproject(project_path: Path | None) -> Path | None:
+    return None if project_path is None else Path(project_path, "pyproject.toml")
+
+
+def _loaded_package(project_path: Path | None) -> str | None:
+    """Return the package of a project, or None if Kedro has loaded no project.
+
+    Kedro knows the last one that it has loaded. A process may have sessions of several.
+    """
+    last = _last_loaded_package()
+    declared = _kedro_table(project_path).get("package_name")
+    return declared if last and isinstance(declared, str) else last
+
+
+def _last_loaded_package() -> str | None:
+    return getattr(sys.modules.get("kedro.framework.project"), "PACKAGE_NAME", None)
 
 
 # Properties
 
 
-def _make_event(name: str, own: Properties, project_path: Path | None) -> Properties:
-    """Return the body of a post. The base properties override the event's own."""
+def _event_body(event: _Event) -> str:
+    """Return an event in JSON, as Heap receives it. Base properties take precedence."""
     from datetime import UTC, datetime
 
-    identity = _user_uuid()
-    base = _base_properties(identity, project_path)
-    base["project_id"] = _hashed_project_id(project_path)
-    return {
+    identity = _get_or_create_identity()
+    properties = dict(event.properties or {})
+    if event.words is not None:
+        properties |= _command_properties(event.words)
+    if event.catalog is not None:
+        properties |= _project_statistics(event.catalog)
+    properties |= _base_properties(identity, event.project_path)
+    properties["project_id"] = _get_or_create_hashed_project_id(event.project_path)
+    body = {
         "app_id": _get_heap_app_id(),
-        "event": str(name)[:LONGEST_TEXT],
+        "event": str(event.name)[:LONGEST_TEXT],
         "timestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "identity": identity or "missing_user_identity",
-        "properties": _for_heap(own | base),
+        "properties": _for_heap(properties),
     }
-
-
-def _get_heap_app_id() -> str:
-    """Return the id of the application at Heap that receives the events."""
-    return os.environ.get("HEAP_APPID_DEV", APP_ID)
+    return json.dumps(body)
 
 
 def _for_heap(properties: Properties) -> Properties:
@@ -460,25 +572,10 @@ def _for_heap(properties: Properties) -> Properties:
     return accepted
 
 
-def _get_project_properties(user_uuid: str, project_path: Path | None) -> Properties:
-    """Return the base properties, without `project_id` if consent is denied.
-
-    Kedro's extension for VS Code calls this. It may create the project's id.
-    """
-    properties = _base_properties(user_uuid, project_path)
-    if _check_for_telemetry_consent(project_path) is not False:
-        properties["project_id"] = _hashed_project_id(project_path)
-    return _for_heap(properties)
-
-
 def _base_properties(user_uuid: str, project_path: Path | None) -> Properties:
-    """Return the properties that every event has, but for `project_id`.
-
-    Add a new property of every event here.
-    """
-    kedro_table = _table(_read_toml(_pyproject(project_path)), "tool", "kedro")
-    # `tools` is an array, or a string that holds a Python list.
-    tools = re.sub(r"[]['\"]", "", str(kedro_table.get("tools") or ""))
+    """Return what every event tells, but for `project_id`. Add a new property here."""
+    kedro_table = _kedro_table(project_path)
+    example = kedro_table.get("example_pipeline")  # a boolean or its name
     return {
         "username": user_uuid,
         "project_version": _kedro_version(),
@@ -486,9 +583,13 @@ def _base_properties(user_uuid: str, project_path: Path | None) -> Properties:
         "python_version": sys.version,
         "os": sys.platform,
         "is_ci_env": _is_ci_env(),
-        "tools": tools or None,
-        "example_pipeline": kedro_table.get("example_pipeline"),
+        "tools": _public_tools(kedro_table.get("tools", "")),
+        "example_pipeline": example if str(example) in ("True", "False") else None,
     }
+
+
+def _kedro_table(project_path: Path | None) -> Properties:
+    return _table(_read_toml(_pyproject(project_path)), "tool", "kedro")
 
 
 def _kedro_version() -> str | None:
@@ -500,33 +601,21 @@ def _kedro_version() -> str | None:
 
 
 def _is_ci_env() -> bool:
-    is_any_set = any(os.environ.get(name) for name in CI_VARIABLES)
-    return is_any_set or os.environ.get("CI") == "true"
+    values = [os.environ.get(name, "") for name in CI_VARIABLES]
+    return any(value.lower() not in ("", "0", "false") for value in values)
 
 
-def _pyproject(project_path: Path | None) -> Path:
-    """Return pyproject.toml of a project; without a project, a path with no file."""
-    return Path(project_path or os.devnull, "pyproject.toml")
-
-
-def _hashed_project_id(project_path: Path | None) -> str | None:
-    """Return the hash of the project's id and package, or None if it has no id."""
-    from hashlib import sha512
-
-    project_id = _project_id(_pyproject(project_path))
-    if project_id is None:
-        return None
-    package = _loaded_package() or "undefined_package_name"
-    return sha512(f"{project_id}{package}".encode()).hexdigest()
+def _public_tools(written: object) -> str | None:
+    """Return the names of Kedro's own tools in an array, or a string that holds one."""
+    names = [name.strip() for name in re.split(r"[][,'\"]", str(written))]
+    return ", ".join(name for name in names if name in KEDRO_TOOLS) or None
 
 
 def _project_statistics(catalog: Any) -> Properties:
-    """Return the size of the project and the types of its datasets.
-
-    Add a new property of sessions here.
-    """
+    """Return what the event of a session tells. Add a new property of sessions here."""
     names = catalog.keys() if hasattr(catalog, "keys") else catalog.list()  # Kedro < 1
-    datasets = [x for x in names if not x.startswith(("parameters", "params:"))]
+    is_parameter = re.compile("parameters$|params:").match
+    datasets = [name for name in names if not is_parameter(str(name))]
     return {
         "number_of_datasets": len(datasets),
         **_pipeline_statistics(),
@@ -536,83 +625,76 @@ def _project_statistics(catalog: Any) -> Properties:
 
 
 def _pipeline_statistics() -> Properties:
-    properties = {}
-    with suppress(Exception, SystemExit):  # the user's code may raise anything
-        from kedro.framework.project import pipelines
+    """Count pipelines and nodes if Kedro has loaded all: to load them runs code."""
+    from kedro.framework.project import pipelines
 
-        properties["number_of_pipelines"] = len(pipelines)
-        properties["number_of_nodes"] = len(pipelines["__default__"].nodes)
+    is_selection = getattr(pipelines, "_requested_pipelines", None)  # since Kedro 1.5
+    if is_selection or not pipelines._is_data_loaded:
+        return {}
+    properties: Properties = {}
+    with suppress(Exception):  # a registry may return anything
+        properties["number_of_pipelines"] = len(pipelines._content)
+        properties["number_of_nodes"] = len(pipelines._content["__default__"].nodes)
     return properties
 
 
-def _dataset_types(catalog: Any, datasets: list[str]) -> Properties:
+def _dataset_types(catalog: Any, datasets: Iterable[str]) -> Properties:
     """Count the datasets of each public type, which catalogs know since Kedro 1.0."""
+    from functools import cache
+
     if not hasattr(catalog, "get_type"):
         return {}
-    resolver = getattr(catalog, "config_resolver", None)
-    configs = getattr(resolver, "config", {})
-    types: dict[Any, str] = {}
+    configs = getattr(getattr(catalog, "config_resolver", None), "config", {})
+    declared_class = cache(_declared_class)  # a catalog declares few types many times
     counts: Counter[str] = Counter()
     for name in datasets:
-        declared = configs.get(name, {}).get("type", "")
-        key = declared or (name,)  # a dataset added by code tells its own class
-        if key not in types:
-            types[key] = _public_type(catalog, name, declared)
-        counts[f"dataset_type_count.{types[key]}"] += 1
+        class_name = None
+        # A bad entry, or a class that cannot be imported, counts as custom.
+        with suppress(Exception, SystemExit):
+            if name in configs:
+                class_name = declared_class(configs[name]["type"])
+            else:
+                class_name = catalog.get_type(name)  # of a dataset added by code
+        is_public = str(class_name).startswith(PUBLIC_DATASETS)
+        counts[f"dataset_type_count.{class_name if is_public else CUSTOM}"] += 1
     return dict(counts)
 
 
-def _public_type(catalog: Any, name: str, declared: str | type) -> str:
-    """Return the full name of a dataset's class, or CUSTOM if it is not public.
+def _declared_class(declared: str | type) -> str | None:
+    """Return the full name of a class that a catalog declares, or None if not public.
 
-    The declared type tells it in most cases. Kedro would import the class, and with it
-    pandas, Spark or TensorFlow, even for datasets that nobody uses.
-    """
-    with suppress(Exception, SystemExit):  # a type that cannot be found or imported
-        found = (declared and _declared_class(declared)) or catalog.get_type(name)
-        if found.startswith(PUBLIC_DATASETS):
-            return str(found)
-    return CUSTOM
-
-
-def _declared_class(declared: str | type) -> str:
-    """Return the full name of a declared class without importing it.
-
-    CUSTOM if it is not public, "" if it may be, but cannot be told without an import.
+    Kedro would import it, and with it pandas or Spark, even where nobody uses it.
     """
     if isinstance(declared, type):
-        return _full_name(declared)
-    # Kedro tries "kedro.io.", "kedro_datasets." and no prefix, in this order.
-    path = f"kedro.io.{declared.removeprefix('kedro.io.')}"
-    module, _, name = path.rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
-    if isinstance(found, type):
-        return _full_name(found)
-    is_full = declared.startswith(DATASET_PACKAGES)
-    return _datasets_class(declared if is_full else f"kedro_datasets.{declared}")
+        return f"{declared.__module__}.{declared.__qualname__}"
+    for prefix in (
+        "kedro.io.",
+        "kedro_datasets.",
+        "",
+    ):  # the order in which Kedro looks
+        found = _class_in_sources(prefix + declared)
+        if found is not None:
+            return found
+    return None
 
 
-def _full_name(class_: type) -> str:
-    return f"{class_.__module__}.{class_.__qualname__}"
-
-
-def _datasets_class(path: str) -> str:
-    """Find a class of kedro-datasets in the source of its group, such as `pandas`."""
+def _class_in_sources(path: str) -> str | None:
+    """Return the full name of a public class by its source, which is not imported."""
     from importlib.util import find_spec
 
-    package, group, *modules, name = path.split(".")
-    spec: Any = find_spec(package)
-    folder = Path(spec.origin).parent / group
-    if not (folder / "__init__.py").is_file():
-        return CUSTOM
-    if modules:
-        text = folder.joinpath(*modules).with_suffix(".py").read_text(encoding="utf-8")
-        return path if f"\nclass {name}(" in text else ""
-    text = (folder / "__init__.py").read_text(encoding="utf-8")
-    for module, classes in re.findall(CLASSES_OF_MODULE, text):
-        if f'"{name}"' in classes:
-            return f"{package}.{group}.{module}.{name}"
-    return ""
+    # Such as kedro_datasets.pandas.CSVDataset, with or without the module csv_dataset
+    public = r"(kedro\.io|kedro_datasets(?:_experimental)?\.\w+)\.(?:(\w+)\.)?(\w+)"
+    match = re.fullmatch(public, path)
+    if match is None:
+        return None
+    group, module, name = match.groups()
+    package, _, folder = group.partition(".")
+    spec = find_spec(package)
+    for root in (spec and spec.submodule_search_locations) or []:
+        for file in Path(root, folder).glob(f"{module or '*'}.py"):
+            if f"\nclass {name}(" in file.read_text(encoding="utf-8"):
+                return f"{group}.{file.stem}.{name}"
+    return None
 
 
 def _validator_types(catalog: Any) -> Properties:
@@ -631,11 +713,8 @@ def _validator_types(catalog: Any) -> Properties:
 # Masking
 
 
-def _command_properties(command: list[str] | None) -> Properties:
-    """Return `command` and `main_command`, masked, or nothing outside of commands."""
-    if command is None:
-        return {}
-    masked = _mask(command)
+def _command_properties(words: list[str]) -> Properties:
+    masked = _mask(words)
     main_command = masked[0] if masked else "kedro"
     return {"command": " ".join(["kedro", *masked]), "main_command": main_command}
 
@@ -658,12 +737,14 @@ def _mask(words: list[str]) -> list[str]:
 
 
 def _known_commands(words: list[str]) -> list[click.Command]:
-    """Return the commands that `words` begins with: a group, and what is below it."""
+    """Return the public commands that `words` begins with, a group before its own."""
     commands: list[click.Command] = []
     groups = _kedro_groups()
     for word in words:
+        if word.startswith("-"):
+            break
         command = _find_command(groups, word)
-        if command is None and not commands and not word.startswith("-"):
+        if command is None and not commands:
             command = _find_command(_plugin_groups(), word)
         if command is None:
             break
@@ -681,7 +762,7 @@ def _kedro_groups() -> list[click.Command]:
 
 
 def _plugin_groups() -> list[click.Command]:
-    """Return the groups of commands of the plugins that Kedro has loaded; slow."""
+    """Return the groups of commands of the plugins that Kedro has loaded."""
     from importlib.metadata import entry_points
 
     groups = []
@@ -696,29 +777,38 @@ def _plugin_groups() -> list[click.Command]:
 def _find_command(groups: Iterable[Any], name: str) -> click.Command | None:
     """Return the public command `name` of one of `groups`."""
     for group in groups:
-        with suppress(Exception):  # not a group, or a command that does not load
-            context = click.Context(group)
-            if name in group.list_commands(context):
-                command: click.Command = group.get_command(context, name)
-                if _is_public(command, group):
-                    return command
+        with suppress(Exception, SystemExit):  # not a group, or a command that fails
+            command: click.Command = group.get_command(click.Context(group), name)
+            if _is_public(command, group):
+                return command
     return None
 
 
 def _is_public(command: click.Command, group: click.Command) -> bool:
-    """Whether Kedro or an installed plugin, and not the project, defines `command`.
+    """Return whether Kedro or a plugin, and not the project, defines a command."""
+    file = _source_file(command)
+    if file is None:
+        return False
+    group_file = _source_file(group)
+    if group_file is not None and _is_in_package(group_file, "kedro"):
+        return _is_in_package(file, "kedro")
+    package = _last_loaded_package()
+    return package is None or not _is_in_package(file, package)
 
-    In a group of Kedro's, that is Kedro; in a plugin's, any package but the project's.
-    """
-    package = _package_of(command)
-    if _package_of(group) == "kedro":
-        return package == "kedro"
-    return package != _loaded_package()
+
+def _source_file(command: click.Command) -> Path | None:
+    """Return the file of the code behind a command, which may be in any module."""
+    from inspect import unwrap
+
+    function: Any = command.callback
+    code = getattr(unwrap(function), "__code__", None)
+    file = Path(getattr(code, "co_filename", ""))
+    return file.resolve() if file.is_file() else None
 
 
-def _package_of(command: click.Command) -> str:
-    """Return the package that defines the function behind a command."""
-    return str(getattr(command.callback, "__module__", "")).partition(".")[0]
+def _is_in_package(file: Path, package: str) -> bool:
+    folders = getattr(sys.modules.get(package), "__path__", [])
+    return any(Path(folder).resolve() in file.parents for folder in folders)
 
 
 def _option_names(commands: list[click.Command]) -> set[str]:
@@ -743,7 +833,7 @@ def _split_at_equals_sign(words: list[str], options: set[str]) -> list[str]:
 
 
 def _is_official_starter(option: str, value: str) -> bool:
-    """Whether `value` is a starter of Kedro's own, and not of a plugin."""
+    """Return whether `value` is a starter of Kedro's own, and not of a plugin."""
     if option not in STARTER_OPTIONS:
         return False
     starters = sys.modules.get("kedro.framework.cli.starters")
@@ -755,51 +845,70 @@ def _is_official_starter(option: str, value: str) -> bool:
 # Post
 
 
-def _post(event: Properties) -> bool:
-    """Post an event to Heap; True if Heap accepted it. In debug mode, print it."""
-    if _is_debug_mode():
-        click.echo(json.dumps(event, indent=2), err=True)
-        return False
-    body = json.dumps(event)
-    with _garbage_collector_paused():
-        opener = _opener()
-        request = _request(body)
-    outcomes: list[str] = []
-    # A name look-up has no time-out: only a daemon thread can be left behind with it.
-    thread = threading.Thread(
-        target=lambda: outcomes.append(_deliver(opener, request)), daemon=True
-    )
-    thread.start()
-    thread.join(DEADLINE)
-    outcome = outcomes[0] if outcomes else None
-    if outcome is None:
-        _start_back_off()
-    _log("Posted %s: %s", body, outcome or "no answer in time")
-    return outcome == "200"
+class _Post(threading.Thread):
+    """A post in a daemon thread: a look-up or a read of certificates can hang for ever.
+
+    `outcome` is the status of the answer or the kind of the failure, and None until
+    then. The thread does nothing else: one that imports, logs or writes while Python
+    ends can abort it.
+    """
+
+    def __init__(self, body: str) -> None:
+        super().__init__(daemon=True)
+        self.body = body
+        self.outcome: int | str | None = None
+
+    def run(self) -> None:
+        """Send the event, however long it takes."""
+        with suppress(AttributeError):  # Windows has no SIGPIPE, which ends a process
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
+        try:
+            with _open(self.body) as response:
+                self.outcome = response.status
+        except Exception as error:  # there is no second try
+            reason = getattr(error, "reason", error)  # a URLError hides what it is
+            kind = reason if isinstance(reason, Exception) else error
+            self.outcome = type(kind).__name__  # its text may hold a proxy's password
 
 
-@contextmanager
-def _garbage_collector_paused() -> Iterator[None]:
-    """Keep imports from starting a collection, which takes up to 100 ms in Kedro."""
-    import gc
+def _import_for_posts() -> None:
+    from importlib import import_module
 
-    was_enabled = gc.isenabled()
-    gc.disable()
+    for name in ("encodings.idna", "ssl", "urllib.request"):
+        import_module(name)
+    with suppress(ImportError):  # it is used if it is there
+        import_module("certifi")
+
+
+def _wait_for(post: _Post) -> bool:
+    """Wait for a post until the deadline; return True if Heap accepted it.
+
+    A wait that ends without an answer starts the back-off, whatever has ended it.
+    """
     try:
-        yield
+        post.join(DEADLINE)
     finally:
-        if was_enabled:
-            gc.enable()
+        outcome = post.outcome
+        if outcome is None:
+            _start_back_off()
+    # People publish their logs, which must not tell who they are.
+    masked = post.body.replace(json.loads(post.body)["identity"], MASK)
+    _log("Post of %s: %s", masked, outcome or "no answer in time")
+    return outcome == 200
 
 
-def _opener() -> OpenerDirector:
-    """Return an opener for proxies and HTTPS only: it has no handler for redirects."""
-    from urllib.request import HTTPSHandler, OpenerDirector, ProxyHandler
+def _open(body: str) -> HTTPResponse:
+    """Post a body and return the answer. No handler follows a redirect."""
+    from urllib.request import HTTPSHandler, OpenerDirector, ProxyHandler, Request
 
     opener = OpenerDirector()
     opener.add_handler(ProxyHandler())
     opener.add_handler(HTTPSHandler(context=_tls_context()))
-    return opener
+    agent = f"kedro-telemetry/{__version__}"
+    headers = {"Content-Type": "application/json", "User-Agent": agent}
+    request = Request(ENDPOINT, body.encode(), headers)
+    answer: HTTPResponse = opener.open(request, timeout=2 * DEADLINE)
+    return answer
 
 
 def _tls_context() -> SSLContext:
@@ -807,75 +916,73 @@ def _tls_context() -> SSLContext:
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    file = os.environ.get("SSL_CERT_FILE")
-    folder = ssl.get_default_verify_paths().capath
-    if not file and folder and _has_hashed_certificates(folder):
-        # OpenSSL reads the one that it needs; to load a bundle takes 20 ms.
-        context.load_verify_locations(capath=folder)
+    paths = ssl.get_default_verify_paths()
+    if _is_folder_enough(paths):
+        # OpenSSL reads the one that it needs; to load the bundle takes 20 ms.
+        context.load_verify_locations(capath=paths.capath)
         return context
     context.load_default_certs()
-    if not file and not context.cert_store_stats()["x509_ca"]:
-        with suppress(ImportError):
-            import certifi
-
-            context.load_verify_locations(certifi.where())
+    is_anybody_trusted = context.cert_store_stats()["x509_ca"] or _hash_links(paths)
+    certifi = sys.modules.get("certifi")
+    if certifi and not is_anybody_trusted and not os.environ.get("SSL_CERT_FILE"):
+        context.load_verify_locations(certifi.where())
     return context
 
 
-def _has_hashed_certificates(folder: str) -> bool:
-    return any(re.fullmatch(r"[0-9a-f]{8}\.\d+", name) for name in os.listdir(folder))
+def _is_folder_enough(paths: DefaultVerifyPaths) -> bool:
+    """Return whether the folder of certificates has all that are in the bundle.
 
-
-def _request(body: str) -> Request:
-    from urllib.request import Request
-
-    agent = f"kedro-telemetry/{__version__}"
-    headers = {"Content-Type": "application/json", "User-Agent": agent}
-    return Request(ENDPOINT, body.encode(), headers)
-
-
-def _deliver(opener: OpenerDirector, request: Request) -> str:
-    """Send a request, however long it takes; return its status or an exception's name.
-
-    Only the network belongs here: a thread that logs or writes while Python ends can
-    abort it.
+    It may have a company's only. Debian, Ubuntu and Alpine keep the bundle in it.
     """
-    try:
-        with opener.open(request, timeout=2 * DEADLINE) as response:
-            return str(response.status)
-    except Exception as error:  # there is no second try
-        return type(error).__name__
+    if paths.cafile is None or paths.capath is None:
+        return False
+    bundle = Path(paths.capath, "ca-certificates.crt")
+    if not bundle.exists() or not bundle.samefile(paths.cafile):
+        return False
+    number = bundle.read_bytes().count(b"-----BEGIN ")
+    return 0 < number <= len(_hash_links(paths))
 
 
-_back_off_start = 0.0  # seconds since the epoch, if it cannot be stored in a file
+def _hash_links(paths: DefaultVerifyPaths) -> list[str]:
+    """Return the names by which OpenSSL finds certificates in the folder."""
+    names = os.listdir(paths.capath) if paths.capath else []
+    return [name for name in names if re.fullmatch(r"[0-9a-f]{8}\.\d+", name)]
+
+
+_back_off_start: float | None = None  # of this process, where no file can be stored
 
 
 def _start_back_off() -> None:
-    """Stop posting for BACK_OFF seconds, in this process and in later ones."""
+    """Stop posts for BACK_OFF seconds: write a file for all processes of the user."""
     global _back_off_start
     marker = _user_file("telemetry.backoff")
-    try:
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.touch()
-    except OSError:
-        _back_off_start = time.time()
+    _back_off_start = time.time()
+    if marker is not None:
+        with suppress(OSError):
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.unlink(missing_ok=True)  # root may have left it there
+            marker.touch()
+            _back_off_start = None
 
 
-def _back_off_end() -> float:
-    """Return when posting resumes, in seconds since the epoch; 0.0 if it may go on."""
-    starts = [_back_off_start]
-    with suppress(OSError):  # no post has hit the deadline
-        starts.append(_user_file("telemetry.backoff").stat().st_mtime)
-    now = time.time()
-    ends = [start + BACK_OFF for start in starts if 0 <= now - start < BACK_OFF]
-    return max(ends, default=0.0)
+def _back_off_end() -> float | None:
+    """Return when posts resume, in seconds since the epoch; None if they may go on."""
+    start = _back_off_start
+    marker = _user_file("telemetry.backoff")
+    if marker is not None:
+        with suppress(OSError):  # there is no such file
+            start = marker.stat().st_mtime
+    # A file server's clock may be ahead.
+    if start is None or abs(time.time() - start) >= BACK_OFF:
+        return None
+    return start + BACK_OFF
 
 
 # Files
 
 
-def _user_file(name: str) -> Path:
-    """Return the path of a file in the user's configuration folder for Kedro."""
+def _user_file(name: str) -> Path | None:
+    """Return a path in the user's configuration folder for Kedro, if there is one."""
     if sys.platform == "win32":
         folder = os.path.join(os.environ.get("LOCALAPPDATA", ""), "kedro")
     elif sys.platform == "darwin":
@@ -884,24 +991,15 @@ def _user_file(name: str) -> Path:
         folder = os.environ.get("XDG_CONFIG_HOME", "")
         if not os.path.isabs(folder):  # counts as unset by the XDG specification
             folder = os.path.expanduser("~/.config")
-    if not os.path.isabs(folder):  # without a home folder, a path with no file
-        folder = os.devnull
-    return Path(folder, "kedro", name)
+    return Path(folder, "kedro", name) if os.path.isabs(folder) else None
 
 
-def _folders_from_here() -> list[Path]:
-    """Return the current directory and its parents, nearest first."""
-    try:
-        here = Path.cwd()
-    except FileNotFoundError:  # it has been deleted
-        return []
-    return [here, *here.parents]
-
-
-def _read(path: Path) -> bytes | None:
+def _read(path: Path | None) -> bytes | None:
     """Return the content of a file, or None if there is none. OSError if unreadable."""
+    if path is None:
+        return None
     try:
-        os.lstat(path)  # which finds a link to nowhere, too
+        os.lstat(path)  # which finds a dangling symlink, too
     except (FileNotFoundError, NotADirectoryError):
         return None
     found = os.stat(path)
@@ -912,20 +1010,20 @@ def _read(path: Path) -> bytes | None:
     return path.read_bytes()
 
 
-def _read_toml(path: Path) -> Properties:
+def _read_toml(path: Path | None) -> Properties:
     """Return the document in a TOML file, or {} if it cannot be read."""
     try:
-        return _parse_toml(_read(path) or b"")
+        return _parse_toml(_read(path))
     except OSError:
         return {}
 
 
-def _parse_toml(content: bytes) -> Properties:
+def _parse_toml(content: bytes | None) -> Properties:
     """Return the TOML document in `content`, or {} if it is not one."""
     import tomllib
 
     try:
-        return tomllib.loads(content.decode())
+        return tomllib.loads((content or b"").decode())
     except (ValueError, RecursionError):  # not UTF-8, not TOML, or nested too deeply
         return {}
 
@@ -938,138 +1036,144 @@ def _table(document: Properties, *names: str) -> Properties:
     return found if isinstance(found, dict) else {}
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Replace a file in one step, so that it is whole at any time. OSError on failure.
+def _replace(path: Path | None, old: bytes | None, new: bytes) -> None:
+    """Replace a file in one step, if it still holds `old` (None: if there is none).
 
-    Mode, owner and symbolic links stay. A read-only file stays as it is.
+    Mode, owner, access lists, attributes and symbolic links stay. OSError if that is
+    not possible, or the file is read-only.
     """
+    if path is None:
+        raise OSError(NO_HOME)
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    old = target.stat() if target.exists() else None
-    if old and not (old.st_mode & 0o222 and os.access(target, os.W_OK)):
-        raise PermissionError(f"{path} is read-only")
-    new = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
+    temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
     try:
-        with open(new, "xb") as file:
-            if old and hasattr(os, "chown"):  # not on Windows
-                os.chown(new, old.st_uid, old.st_gid)
-            if old:
-                os.chmod(new, stat.S_IMODE(old.st_mode))
-            file.write(content)
+        with open(temporary, "xb") as file:
+            if old is not None:
+                _copy_metadata(target, temporary)
+            file.write(new)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(new, target)
+        if _read(target) != old:
+            raise OSError(f"{path} has been changed meanwhile")
+        os.replace(temporary, target)
     finally:
-        new.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _copy_metadata(source: Path, target: Path) -> None:
+    """Copy all but the content. PermissionError if `source` must not be written."""
+    from shutil import copystat
+
+    found = source.stat()
+    if not (found.st_mode & 0o222 and os.access(source, os.W_OK)):
+        raise PermissionError(f"{source} is read-only")
+    if hasattr(os, "chown"):  # not on Windows
+        os.chown(target, found.st_uid, found.st_gid)
+    copystat(source, target)
 
 
 # The commands
 
 
 @click.group(
+    help=GROUP_HELP,
     invoke_without_command=True,
     context_settings={"help_option_names": HELP_OPTIONS},
 )
 @click.pass_context
 def telemetry(context: click.Context) -> None:
-    """See whether telemetry is on, and opt out or in."""
     if context.invoked_subcommand is None:
         context.invoke(status)
 
 
 @telemetry.command()
-def status() -> None:
+@click.pass_obj
+def status(project_metadata: Any) -> None:
     """Show whether telemetry is on here, and why (the default)."""
-    project_path = _load_nearest_project()
-    consent = _find_consent(project_path)
+    consent = _find_consent(_path_of(project_metadata))
+    identity_file = _user_file("telemetry.toml")
+    pyproject = _pyproject(_path_of(project_metadata))
+    paused_until = _back_off_end()
+    no_id = "none" if _is_ci_env() else "none yet"
     click.echo(f"Telemetry:   {'off' if consent.decision is False else 'on'} here")
-    click.echo(f"Reason:      {consent.basis}")
-    click.echo(f"Identity:    {_stored_uuid() or 'none yet'}")
-    click.echo(f"             in {_user_file('telemetry.toml')}")
-    if project_path is not None:
-        pyproject = _pyproject(project_path)
-        click.echo(f"Project id:  {_stored_project_id(pyproject) or 'none yet'}")
-        click.echo(f"             in {pyproject}")
+    click.echo(f"Reason:      {consent.reason}")
+    click.echo(f"Identity:    {_uuid_in(_read_toml(identity_file)) or no_id}")
+    if identity_file is not None:
+        click.echo(f"             in {identity_file}")
+    if pyproject is not None:
+        click.echo(f"Project id:  {_project_id_in(_read_toml(pyproject)) or no_id}")
+        click.echo(f"             in {pyproject}; sent as a hash")
     click.echo(f"Endpoint:    {ENDPOINT}")
-    click.echo(f"Back-off:    {_back_off_in_words(_back_off_end())}")
-    click.echo(f"\n{STATUS_HELP}")
-
-
-def _back_off_in_words(end: float) -> str:
-    if not end:
-        return "none"
-    until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(end))
-    return f"until {until}, as a post had no answer in time"
+    if paused_until is not None:
+        until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(paused_until))
+        click.echo(
+            f"Paused:      until {until}, as the last post had no answer in time"
+        )
+    click.echo(STATUS_HELP)
 
 
 @telemetry.command()
-def enable() -> None:
+@click.pass_obj
+def enable(project_metadata: Any) -> None:
     """Opt in for all your projects."""
-    path = _write_decision("true")
+    path = _write_decision("true", instead="")
     click.echo(
         f"You have opted in to telemetry for all your projects.\nSaved in {path}"
     )
-    consent = _find_consent(_load_nearest_project())
+    consent = _find_consent(_path_of(project_metadata))
     if consent.decision is False:
-        click.echo(f"Telemetry stays off here: {consent.basis}")
+        click.echo(f"Telemetry stays off here: {consent.reason}")
 
 
 @telemetry.command()
 def disable() -> None:
     """Opt out for all your projects."""
-    path = _write_decision("false")
+    path = _write_decision("false", instead="; set DO_NOT_TRACK instead")
     click.echo(
         f"You have opted out of telemetry for all your projects.\nSaved in {path}"
     )
 
 
-def _write_decision(decision: str) -> Path:
+# What people type, without lines of their own in the help
+telemetry.add_command(click.Command("on", callback=enable.callback, hidden=True))
+telemetry.add_command(click.Command("off", callback=disable.callback, hidden=True))
+
+
+def _write_decision(decision: str, instead: str) -> Path | None:
     """Write `consent: decision` for all of the user's projects; return the file."""
     path = _user_file(".telemetry")
     try:
-        _write(path, f"consent: {decision}\n".encode())
+        _replace(path, _read(path), f"consent: {decision}\n".encode())
     except OSError as error:
-        raise click.ClickException(f"Nothing has changed: {error}") from error
+        raise click.ClickException(f"Nothing has changed: {error}{instead}") from error
     return path
 
 
-def _load_nearest_project() -> Path | None:
-    """Find the Kedro project around the current directory, and load its settings.
+def _add_commands(project_metadata: Any) -> None:
+    """Add `kedro telemetry` to Kedro's commands, where those of others come first."""
+    from kedro.framework.cli import cli as cli_module
 
-    `kedro` has loaded them already; `python -m kedro_telemetry` has not.
-    """
-    for folder in _folders_from_here():
-        with suppress(OSError):  # a file that cannot be read
-            if b"[tool.kedro]" in (_read(_pyproject(folder)) or b""):
-                _load_settings(folder)
-                return folder
-    return None
-
-
-def _load_settings(project_path: Path) -> None:
-    if _loaded_package() is None:
-        with suppress(Exception):  # a project, or a Python, that Kedro does not support
-            from kedro.framework.startup import bootstrap_project
-
-            bootstrap_project(project_path)
+    name = "global_commands" if project_metadata is None else "project_commands"
+    group = getattr(cli_module, name, None)
+    if group is not None:
+        group.add_command(telemetry)
+    elif not _has_other_telemetry(project_metadata):  # Kedro 0.18 looks there first
+        cli_module.cli.add_command(telemetry)
 
 
-def add_commands() -> None:
-    """Add `kedro telemetry` to Kedro's commands. Kedro calls this when it starts.
+def _has_other_telemetry(project_metadata: Any) -> bool:
+    """Return whether a plugin or the project has a command of this name."""
+    package = getattr(project_metadata, "package_name", None)
+    project_cli = getattr(sys.modules.get(f"{package}.cli"), "cli", None)
+    groups: list[Any] = [*_plugin_groups(), project_cli]
+    return any("telemetry" in getattr(group, "commands", {}) for group in groups)
 
-    An entry point in `kedro.global_commands` would break two of Kedro's own tests,
-    which compare all of its groups of commands.
-    """
-    with suppress(Exception):  # the other commands must work
-        from kedro.framework.cli.cli import cli
-
-        cli.add_command(telemetry)
-
-
-# Other packages import from `kedro_telemetry.plugin` and `kedro_telemetry.api`.
-plugin = api = sys.modules[__name__]
-sys.modules[f"{__name__}.plugin"] = plugin
-sys.modules[f"{__name__}.api"] = api
 
 if __name__ == "__main__":
-    telemetry()
+    from kedro.framework.cli import main
+    from kedro.framework.cli.hooks import get_cli_hook_manager
+
+    get_cli_hook_manager().register(telemetry_hook)
+    sys.argv = ["kedro", "telemetry", *sys.argv[1:]]
+    main()
