@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import signal
-import stat
 import sys
 import threading
 import time
@@ -28,7 +27,6 @@ import click
 from pluggy import HookimplMarker
 
 if TYPE_CHECKING:
-    from http.client import HTTPResponse
     from ssl import DefaultVerifyPaths, SSLContext
 
 __version__ = "1.0.0"
@@ -49,21 +47,15 @@ SHOWN_COMMAND = "kedro run" if IS_VENDORED else "kedro info"
 
 NOTICE = f"""
 Kedro collects anonymised usage data to improve the product.
-To see whether it does so in this directory, and why, run `{COMMAND}`.
-To opt out, run `{COMMAND} disable` or set the variable DO_NOT_TRACK.
-Read more: {DOCUMENTATION}"""
+See whether it is on here, and why:  {COMMAND}
+Opt out:    {COMMAND} disable, or set DO_NOT_TRACK
+Read more:  {DOCUMENTATION}"""
 STATUS_HELP = f"""
 See an event; nothing is sent:  KEDRO_TELEMETRY_DEBUG=1 {SHOWN_COMMAND}
 Opt out for all your projects:  {COMMAND} disable
 Opt in for all your projects:   {COMMAND} enable
 What is collected, and other ways to opt out:
 {DOCUMENTATION}"""
-GROUP_HELP = f"""See whether telemetry is on, and opt out or in.
-
-To opt out in an environment, set DO_NOT_TRACK or KEDRO_DISABLE_TELEMETRY.
-
-Read more: {DOCUMENTATION}"""
-NO_HOME = "there is no home folder to save it in"
 
 OPT_OUT_VARIABLES = ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY")
 CI_VARIABLES = (
@@ -99,8 +91,6 @@ PUBLIC_VALIDATORS = (
 )
 CUSTOM = "custom"
 MASK = "*****"
-HELP_OPTIONS = ("-h", "--help")
-STARTER_OPTIONS = ("-s", "--starter")
 
 SESSION_PLUGIN = "kedro-telemetry-session"  # in the hook manager of a session
 
@@ -109,16 +99,6 @@ Properties = dict[str, Any]
 logger = logging.getLogger("kedro_telemetry")
 _cli_hook = HookimplMarker("kedro_cli")
 _session_hook = HookimplMarker("kedro")
-
-
-class _Event(NamedTuple):
-    """What an event is made of, once consent allows it."""
-
-    name: str
-    project_path: Path | None
-    words: list[str] | None = None  # the arguments of the command, if there is one
-    catalog: Any = None  # of the session, if there is one
-    properties: Properties | None = None  # of another plugin
 
 
 # The hooks, in the order in which Kedro calls them
@@ -138,11 +118,11 @@ class KedroTelemetryHook:
         """Remember the command, and add `kedro telemetry` before click looks it up."""
         self._command = None
         with suppress(Exception):
-            _add_commands(project_metadata)
-        with suppress(Exception):
             words = [str(word) for word in command_args]
             if words[:1] != ["telemetry"]:  # which is not reported
-                self._command = _Activity(words, _path_of(project_metadata))
+                project_path = getattr(project_metadata, "project_path", None)
+                self._command = _Activity(words, project_path)
+            _add_commands(project_metadata)
 
     @_session_hook
     def after_context_created(self, context: Any) -> None:
@@ -178,9 +158,10 @@ class _SessionReporter:
 
 
 class _Activity:
-    """What is reported once: a command with its sessions, or a session on its own."""
+    """What is reported once: a command with its sessions, or a session on its own.
 
-    # Plain data only, without a lock: people copy and pickle sessions.
+    It has no lock, as people copy and pickle sessions.
+    """
 
     def __init__(self, words: list[str] | None, project_path: Path | None) -> None:
         self._words = words
@@ -193,10 +174,6 @@ class _Activity:
             self._is_reported = True  # whether the event arrives or not
             path = self._project_path or project_path
             _send(_Event(name, path, self._words, catalog))
-
-
-def _path_of(project_metadata: Any) -> Path | None:
-    return getattr(project_metadata, "project_path", None)
 
 
 telemetry_hook = KedroTelemetryHook()
@@ -268,6 +245,16 @@ sys.modules[f"{__name__}.api"] = api
 # The one way to send an event
 
 
+class _Event(NamedTuple):
+    """What an event is made of, once consent allows it."""
+
+    name: str
+    project_path: Path | None
+    words: list[str] | None = None  # the arguments of the command, if there is one
+    catalog: Any = None  # of the session, if there is one
+    properties: Properties | None = None  # of another plugin
+
+
 def _send(event: _Event) -> bool:
     """Send an event unless consent is denied; True if Heap accepted it.
 
@@ -275,46 +262,44 @@ def _send(event: _Event) -> bool:
     that: what a signal handler raises there belongs to the process.
     """
     try:
-        if not _is_allowed(event.project_path):
+        if os.environ.get("_KEDRO_COMPLETE"):  # the user pressed TAB in a shell
             return False
-        body = _event_body(event)
+        decision = _check_for_telemetry_consent(event.project_path)
+        if not _may_send(decision, event.project_path):
+            return False
+        if decision is None:
+            _show_notice_once()
+        body = _create_body(event)
         if _is_debug_mode():
-            text = json.dumps(json.loads(body), indent=2)
+            text = json.dumps(body, indent=2)
             click.echo(f"kedro-telemetry would send:\n{text}", err=True)
             return False
-        _import_for_posts()
         post = _Post(body)
-        post.start()
     except Exception as error:
         _log("An event was lost: %s", type(error).__name__)
         return False
     return _wait_for(post)
 
 
-def _is_allowed(project_path: Path | None) -> bool:
-    """Return whether an event may be sent. Print the notice, or why not, if need be."""
-    if os.environ.get("_KEDRO_COMPLETE"):  # the user pressed TAB in a shell
-        return False
-    decision = _check_for_telemetry_consent(project_path)
+def _may_send(decision: bool | None, project_path: Path | None) -> bool:
+    """Return whether consent and the back-off allow an event; print or log why not."""
     if decision is False:
         if _is_debug_mode():
-            reason = _find_consent(project_path).reason
+            reason = _find_consent(project_path).reason  # Kedro's tests patch it away
             click.echo(f"kedro-telemetry sends nothing: {reason}", err=True)
         return False
-    if _back_off_end() is not None and not _is_debug_mode():
-        _log("A post was left out, as the last one had no answer in time")
-        return False
-    if decision is None:
-        _show_notice()
-    return True
+    if _back_off_end() is None or _is_debug_mode():
+        return True
+    _log("A post was left out, as the last one had no answer in time")
+    return False
 
 
 def _is_debug_mode() -> bool:
     return bool(os.environ.get("KEDRO_TELEMETRY_DEBUG"))
 
 
-def _show_notice() -> None:
-    """Print the notice, once per user."""
+def _show_notice_once() -> None:
+    """Print the notice, and remember in a file that the user has seen it."""
     marker = _user_file("telemetry.notice")
     if _is_ci_env() or (marker is not None and marker.exists()):
         return
@@ -349,7 +334,7 @@ def _find_consent(project_path: Path | None) -> _Consent:
     for consent in _consent_sources(project_path):
         if consent.decision is False:
             return consent
-        if grant is NO_DECISION:
+        if grant.decision is None:
             grant = consent
     return grant
 
@@ -359,7 +344,11 @@ def _consent_sources(project_path: Path | None) -> Iterator[_Consent]:
     yield _environment_consent()
     yield _settings_consent(project_path)
     yield _file_consent(_user_file(".telemetry"))
-    for folder in _project_folders(project_path):
+    folders = [] if project_path is None else [Path(project_path)]
+    with suppress(OSError):  # the current directory has been deleted
+        here = Path.cwd()
+        folders += [here, *here.parents]
+    for folder in folders:
         yield _file_consent(folder / ".telemetry")
 
 
@@ -385,7 +374,9 @@ def _settings_consent(project_path: Path | None) -> _Consent:
         for name in OPT_OUT_VARIABLES:
             if name in settings:
                 return _Consent(False, f"{name} is set in {module}")
-        if _is_disabled_by(settings.get("DISABLE_HOOKS_FOR_PLUGINS", ())):
+        plugins = settings.get("DISABLE_HOOKS_FOR_PLUGINS", ())
+        names = [plugins] if isinstance(plugins, str) else plugins
+        if any(re.search("kedro[-_]telemetry", str(name), re.I) for name in names):
             return _Consent(False, f"DISABLE_HOOKS_FOR_PLUGINS is set in {module}")
     except Exception:  # settings that cannot be read may deny consent
         return _Consent(False, f"{module} could not be read")
@@ -396,27 +387,12 @@ def _missing_settings_consent(package: str, module: str) -> _Consent:
     """Deny where Kedro has ignored settings that it could not import."""
     from importlib.util import find_spec
 
-    if package != _last_loaded_package():
+    if package != _loaded_package(None):
         return NO_DECISION
     # find_spec would import the package once more where Kedro could not.
     if package in sys.modules and find_spec(module) is None:
         return NO_DECISION
     return _Consent(False, f"{module} could not be imported")
-
-
-def _is_disabled_by(setting: str | Iterable[object]) -> bool:
-    """Return whether the names of plugins in a setting include this one's."""
-    names = [setting] if isinstance(setting, str) else setting
-    return any(re.search("kedro[-_]telemetry", str(name), re.I) for name in names)
-
-
-def _project_folders(project_path: Path | None) -> list[Path]:
-    """Return the project's root, the current directory, and all folders above that."""
-    folders = [] if project_path is None else [Path(project_path)]
-    with suppress(OSError):  # the current directory has been deleted
-        here = Path.cwd()
-        folders += [here, *here.parents]
-    return folders
 
 
 def _file_consent(path: Path | None) -> _Consent:
@@ -427,7 +403,8 @@ def _file_consent(path: Path | None) -> _Consent:
         return _Consent(False, f"{path} cannot be read")
     if decision is None:
         return NO_DECISION
-    return _Consent(decision, f"{path} {'grants' if decision else 'denies'} consent")
+    verb = "grants" if decision else "denies"
+    return _Consent(decision, f"{path} {verb} consent")
 
 
 def _parse_consent(text: str) -> bool | None:
@@ -439,9 +416,7 @@ def _parse_consent(text: str) -> bool | None:
     if not lines:
         return None
     # Such as `consent: true`, `CONSENT = yes` or `"consent": 'on'  # I agree`
-    grant = (
-        r"""(["']?)consent\1[ \t]*[:=][ \t]*(["']?)(true|yes|on|y|1)\2([ \t]+#.*)?"""
-    )
+    grant = r"""(["']?)consent\1\s*[:=]\s*(["']?)(true|yes|on|y|1)\2(\s+#.*)?"""
     return all(re.fullmatch(grant, line.rstrip(), re.I | re.A) for line in lines)
 
 
@@ -455,10 +430,9 @@ def _get_or_create_identity() -> str:
     path = _user_file("telemetry.toml")
     with suppress(OSError):  # it cannot be read or written, or another was faster
         content = _read(path)
-        stored = _uuid_in(_parse_toml(content))
-        if stored or _is_ci_env():  # a throw-away machine is not a new user
-            return stored
-        _replace(path, content, f'[telemetry]\nuuid = "{uuid4().hex}"\n'.encode())
+        # A throw-away machine is not a new user.
+        if not _uuid_in(_parse_toml(content)) and not _is_ci_env():
+            _replace(path, content, f'[telemetry]\nuuid = "{uuid4().hex}"\n'.encode())
     return _uuid_in(_read_toml(path))
 
 
@@ -476,41 +450,37 @@ def _get_or_create_hashed_project_id(project_path: Path | None) -> str | None:
     """Return the hash of the project's id and package, or None if it has no id."""
     from hashlib import sha512
 
-    project_id = _get_or_create_project_id(_pyproject(project_path))
+    pyproject = _pyproject(project_path)
+    with suppress(OSError):  # it cannot be read or written, or another was faster
+        content = _read(pyproject)
+        edited = _with_project_id(content or b"")
+        if edited is not None and not _is_ci_env():  # whose checkout must not change
+            _replace(pyproject, content, edited)
+    project_id = _project_id_in(_read_toml(pyproject))
     if project_id is None:
         return None
     package = _loaded_package(project_path) or "undefined_package_name"
     return sha512(f"{project_id}{package}".encode()).hexdigest()
 
 
-def _get_or_create_project_id(pyproject: Path | None) -> Any:
-    """Return the id in `pyproject.toml`, created if there is none, or else None."""
-    from uuid import uuid4
-
-    with suppress(OSError):  # it cannot be read or written, or another was faster
-        content = _read(pyproject)
-        stored = _project_id_in(_parse_toml(content))
-        if stored is not None or _is_ci_env():  # a CI job must not change its checkout
-            return stored
-        edited = _with_project_id(content or b"", uuid4().hex)
-        if edited is not None:
-            _replace(pyproject, content, edited)
-    return _project_id_in(_read_toml(pyproject))
-
-
 def _project_id_in(document: Properties) -> Any:
     """Return the id in a Kedro project's `pyproject.toml`, of any type, or None."""
     tool = _table(document, "tool")
-    return (
-        _table(tool, "kedro_telemetry").get("project_id") if "kedro" in tool else None
-    )
-
-
-def _with_project_id(content: bytes, project_id: str) -> bytes | None:
-    """Return `pyproject.toml` with an id in a table at its end, or None for no room."""
-    tool = _table(_parse_toml(content), "tool")
-    if "kedro" not in tool or "kedro_telemetry" in tool:
+    if "kedro" not in tool:
         return None
+    return _table(tool, "kedro_telemetry").get("project_id")
+
+
+def _with_project_id(content: bytes) -> bytes | None:
+    """Return `pyproject.toml` with a new id in a table at its end.
+
+    None if it has such a table, is not of a Kedro project or would not parse.
+    """
+    from uuid import uuid4
+
+    if "kedro_telemetry" in _table(_parse_toml(content), "tool"):
+        return None
+    project_id = uuid4().hex
     newline = "\r\n" if b"\r\n" in content else "\n"
     gap = newline if content.endswith(b"\n") else newline * 2
     table = f'[tool.kedro_telemetry]{newline}project_id = "{project_id}"{newline}'
@@ -525,40 +495,38 @@ def _pyproject(project_path: Path | None) -> Path | None:
 def _loaded_package(project_path: Path | None) -> str | None:
     """Return the package of a project, or None if Kedro has loaded no project.
 
-    Kedro knows the last one that it has loaded. A process may have sessions of several.
+    Kedro knows the last one that it has loaded, which is meant if `project_path` is
+    None or does not tell. A process may have sessions of several.
     """
-    last = _last_loaded_package()
+    last = getattr(sys.modules.get("kedro.framework.project"), "PACKAGE_NAME", None)
     declared = _kedro_table(project_path).get("package_name")
-    return declared if last and isinstance(declared, str) else last
-
-
-def _last_loaded_package() -> str | None:
-    return getattr(sys.modules.get("kedro.framework.project"), "PACKAGE_NAME", None)
+    return declared if last is not None and isinstance(declared, str) else last
 
 
 # Properties
 
 
-def _event_body(event: _Event) -> str:
-    """Return an event in JSON, as Heap receives it. Base properties take precedence."""
+def _create_body(event: _Event) -> Properties:
+    """Return an event as Heap receives it. Create the ids that there are not yet."""
     from datetime import UTC, datetime
 
     identity = _get_or_create_identity()
     properties = dict(event.properties or {})
     if event.words is not None:
-        properties |= _command_properties(event.words)
+        masked = _mask(event.words)
+        properties["command"] = " ".join(["kedro", *masked])
+        properties["main_command"] = masked[0] if masked else "kedro"
     if event.catalog is not None:
         properties |= _project_statistics(event.catalog)
     properties |= _base_properties(identity, event.project_path)
     properties["project_id"] = _get_or_create_hashed_project_id(event.project_path)
-    body = {
+    return {
         "app_id": _get_heap_app_id(),
         "event": str(event.name)[:LONGEST_TEXT],
         "timestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "identity": identity or "missing_user_identity",
         "properties": _for_heap(properties),
     }
-    return json.dumps(body)
 
 
 def _for_heap(properties: Properties) -> Properties:
@@ -667,11 +635,8 @@ def _declared_class(declared: str | type) -> str | None:
     """
     if isinstance(declared, type):
         return f"{declared.__module__}.{declared.__qualname__}"
-    for prefix in (
-        "kedro.io.",
-        "kedro_datasets.",
-        "",
-    ):  # the order in which Kedro looks
+    # In the order in which Kedro looks
+    for prefix in ("kedro.io.", "kedro_datasets.", ""):
         found = _class_in_sources(prefix + declared)
         if found is not None:
             return found
@@ -689,44 +654,39 @@ def _class_in_sources(path: str) -> str | None:
         return None
     group, module, name = match.groups()
     package, _, folder = group.partition(".")
-    spec = find_spec(package)
-    for root in (spec and spec.submodule_search_locations) or []:
+    roots = getattr(find_spec(package), "submodule_search_locations", None)
+    for root in roots or []:
         for file in Path(root, folder).glob(f"{module or '*'}.py"):
-            if f"\nclass {name}(" in file.read_text(encoding="utf-8"):
+            if f"\nclass {name}(".encode() in file.read_bytes():
                 return f"{group}.{file.stem}.{name}"
     return None
 
 
 def _validator_types(catalog: Any) -> Properties:
     """Count the validators of each public library, which Kedro has since 1.6."""
-    specs = getattr(catalog, "validator_specs", None)
-    if not specs:
-        return {}
+    specs = getattr(catalog, "validator_specs", None) or {}
     counts: Counter[str] = Counter()
     for spec in specs.values():
         library = str(getattr(spec, "class_path", "")).partition(".")[0]
         name = library if library in PUBLIC_VALIDATORS else CUSTOM
         counts[f"validator_type_count.{name}"] += 1
-    return {"number_of_validated_datasets": len(specs), **counts}
+    return {"number_of_validated_datasets": len(specs), **counts} if specs else {}
 
 
 # Masking
 
 
-def _command_properties(words: list[str]) -> Properties:
-    masked = _mask(words)
-    main_command = masked[0] if masked else "kedro"
-    return {"command": " ".join(["kedro", *masked]), "main_command": main_command}
-
-
 def _mask(words: list[str]) -> list[str]:
     """Replace each word that neither Kedro nor an installed plugin defines by MASK.
 
-    Commands, the names of the last command's options and official starters stay.
+    Commands, the names of the last one's options and official starters stay.
     """
     commands = _known_commands(words)
     options = _option_names(commands)
-    rest = _split_at_equals_sign(words[len(commands) :], options)
+    rest: list[str] = []
+    for word in words[len(commands) :]:
+        option, equals_sign, value = word.partition("=")
+        rest += [option, value] if equals_sign and option in options else [word]
     if not commands and rest and rest[0] not in options:
         return [MASK]  # an unknown command, of which nothing is told
     masked = words[: len(commands)]
@@ -739,13 +699,9 @@ def _mask(words: list[str]) -> list[str]:
 def _known_commands(words: list[str]) -> list[click.Command]:
     """Return the public commands that `words` begins with, a group before its own."""
     commands: list[click.Command] = []
-    groups = _kedro_groups()
+    groups: Iterable[click.Command] = _top_level_groups()
     for word in words:
-        if word.startswith("-"):
-            break
-        command = _find_command(groups, word)
-        if command is None and not commands:
-            command = _find_command(_plugin_groups(), word)
+        command = None if word.startswith("-") else _find_command(groups, word)
         if command is None:
             break
         commands.append(command)
@@ -753,31 +709,31 @@ def _known_commands(words: list[str]) -> list[click.Command]:
     return commands
 
 
-def _kedro_groups() -> list[click.Command]:
-    """Return Kedro's groups of commands, which are all names in its CLI module."""
+def _top_level_groups() -> Iterator[click.Command]:
+    """Yield Kedro's groups, which its CLI module names, and then those of plugins."""
     from kedro.framework.cli import cli as cli_module
 
     groups = vars(cli_module).values()
-    return [group for group in groups if isinstance(group, click.Group)]
+    yield from [group for group in groups if isinstance(group, click.Group)]
+    yield from _plugin_groups()
 
 
-def _plugin_groups() -> list[click.Command]:
-    """Return the groups of commands of the plugins that Kedro has loaded."""
+def _plugin_groups() -> Iterator[click.Command]:
+    """Yield the groups of commands of the plugins that Kedro has loaded."""
     from importlib.metadata import entry_points
 
-    groups = []
     for name in ("kedro.global_commands", "kedro.project_commands"):
         for entry_point in entry_points(group=name):
-            with suppress(Exception):  # the module has no such group
+            with suppress(AttributeError):  # the module has no such group
                 if entry_point.module in sys.modules:
-                    groups.append(entry_point.load())
-    return groups
+                    yield entry_point.load()
 
 
 def _find_command(groups: Iterable[Any], name: str) -> click.Command | None:
     """Return the public command `name` of one of `groups`."""
     for group in groups:
-        with suppress(Exception, SystemExit):  # not a group, or a command that fails
+        # It may have no such command, fail to make it, or be no group at all.
+        with suppress(Exception, SystemExit):
             command: click.Command = group.get_command(click.Context(group), name)
             if _is_public(command, group):
                 return command
@@ -787,13 +743,9 @@ def _find_command(groups: Iterable[Any], name: str) -> click.Command | None:
 def _is_public(command: click.Command, group: click.Command) -> bool:
     """Return whether Kedro or a plugin, and not the project, defines a command."""
     file = _source_file(command)
-    if file is None:
-        return False
-    group_file = _source_file(group)
-    if group_file is not None and _is_in_package(group_file, "kedro"):
+    if _is_in_package(_source_file(group), "kedro"):
         return _is_in_package(file, "kedro")
-    package = _last_loaded_package()
-    return package is None or not _is_in_package(file, package)
+    return file is not None and not _is_in_package(file, _loaded_package(None))
 
 
 def _source_file(command: click.Command) -> Path | None:
@@ -806,9 +758,11 @@ def _source_file(command: click.Command) -> Path | None:
     return file.resolve() if file.is_file() else None
 
 
-def _is_in_package(file: Path, package: str) -> bool:
-    folders = getattr(sys.modules.get(package), "__path__", [])
-    return any(Path(folder).resolve() in file.parents for folder in folders)
+def _is_in_package(file: Path | None, package: str | None) -> bool:
+    """Return whether a file belongs to a package that has been imported."""
+    folders = getattr(sys.modules.get(package or ""), "__path__", [])
+    parents = file.parents if file else []
+    return any(Path(folder).resolve() in parents for folder in folders)
 
 
 def _option_names(commands: list[click.Command]) -> set[str]:
@@ -816,25 +770,16 @@ def _option_names(commands: list[click.Command]) -> set[str]:
     from kedro.framework.cli.cli import cli
 
     command = commands[-1] if commands else cli
-    names = set(HELP_OPTIONS)
+    names = {"-h", "--help"}
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             names.update(parameter.opts, parameter.secondary_opts)
     return names
 
 
-def _split_at_equals_sign(words: list[str], options: set[str]) -> list[str]:
-    """Split each `--option=value` into two words."""
-    split = []
-    for word in words:
-        option, equals_sign, value = word.partition("=")
-        split += [option, value] if equals_sign and option in options else [word]
-    return split
-
-
 def _is_official_starter(option: str, value: str) -> bool:
     """Return whether `value` is a starter of Kedro's own, and not of a plugin."""
-    if option not in STARTER_OPTIONS:
+    if option not in ("-s", "--starter"):
         return False
     starters = sys.modules.get("kedro.framework.cli.starters")
     specs = getattr(starters, "_OFFICIAL_STARTER_SPECS_DICT", None)
@@ -848,43 +793,42 @@ def _is_official_starter(option: str, value: str) -> bool:
 class _Post(threading.Thread):
     """A post in a daemon thread: a look-up or a read of certificates can hang for ever.
 
-    `outcome` is the status of the answer or the kind of the failure, and None until
-    then. The thread does nothing else: one that imports, logs or writes while Python
-    ends can abort it.
+    `outcome` is the status of the answer or the kind of the failure, None until then.
+    The thread does nothing else: to log or import while Python ends can abort it.
     """
 
-    def __init__(self, body: str) -> None:
+    def __init__(self, body: Properties) -> None:
+        from importlib import import_module
+
         super().__init__(daemon=True)
-        self.body = body
+        self.identity = body["identity"]
+        self.content = json.dumps(body)
         self.outcome: int | str | None = None
+        for name in ("encodings.idna", "ssl", "urllib.request"):
+            import_module(name)
+        with suppress(ImportError):  # it is used if it is there
+            import_module("certifi")
 
     def run(self) -> None:
-        """Send the event, however long it takes."""
         with suppress(AttributeError):  # Windows has no SIGPIPE, which ends a process
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
         try:
-            with _open(self.body) as response:
-                self.outcome = response.status
+            self.outcome = _status_of_post(self.content)
         except Exception as error:  # there is no second try
             reason = getattr(error, "reason", error)  # a URLError hides what it is
             kind = reason if isinstance(reason, Exception) else error
             self.outcome = type(kind).__name__  # its text may hold a proxy's password
 
 
-def _import_for_posts() -> None:
-    from importlib import import_module
-
-    for name in ("encodings.idna", "ssl", "urllib.request"):
-        import_module(name)
-    with suppress(ImportError):  # it is used if it is there
-        import_module("certifi")
-
-
 def _wait_for(post: _Post) -> bool:
-    """Wait for a post until the deadline; return True if Heap accepted it.
+    """Start a post and wait until the deadline; return True if Heap accepted it.
 
     A wait that ends without an answer starts the back-off, whatever has ended it.
     """
+    try:
+        post.start()
+    except RuntimeError:  # the process may start no more threads
+        return False
     try:
         post.join(DEADLINE)
     finally:
@@ -892,13 +836,13 @@ def _wait_for(post: _Post) -> bool:
         if outcome is None:
             _start_back_off()
     # People publish their logs, which must not tell who they are.
-    masked = post.body.replace(json.loads(post.body)["identity"], MASK)
+    masked = post.content.replace(post.identity, MASK)
     _log("Post of %s: %s", masked, outcome or "no answer in time")
     return outcome == 200
 
 
-def _open(body: str) -> HTTPResponse:
-    """Post a body and return the answer. No handler follows a redirect."""
+def _status_of_post(content: str) -> int:
+    """Post an event and return the status of the answer. No redirect is followed."""
     from urllib.request import HTTPSHandler, OpenerDirector, ProxyHandler, Request
 
     opener = OpenerDirector()
@@ -906,9 +850,10 @@ def _open(body: str) -> HTTPResponse:
     opener.add_handler(HTTPSHandler(context=_tls_context()))
     agent = f"kedro-telemetry/{__version__}"
     headers = {"Content-Type": "application/json", "User-Agent": agent}
-    request = Request(ENDPOINT, body.encode(), headers)
-    answer: HTTPResponse = opener.open(request, timeout=2 * DEADLINE)
-    return answer
+    request = Request(ENDPOINT, content.encode(), headers)
+    # Twice the deadline ends a thread that has been given up.
+    with opener.open(request, timeout=2 * DEADLINE) as answer:
+        return int(answer.status)
 
 
 def _tls_context() -> SSLContext:
@@ -940,7 +885,7 @@ def _is_folder_enough(paths: DefaultVerifyPaths) -> bool:
     if not bundle.exists() or not bundle.samefile(paths.cafile):
         return False
     number = bundle.read_bytes().count(b"-----BEGIN ")
-    return 0 < number <= len(_hash_links(paths))
+    return 0 < number <= len(_hash_links(paths))  # an empty bundle tells nothing
 
 
 def _hash_links(paths: DefaultVerifyPaths) -> list[str]:
@@ -1002,11 +947,9 @@ def _read(path: Path | None) -> bytes | None:
         os.lstat(path)  # which finds a dangling symlink, too
     except (FileNotFoundError, NotADirectoryError):
         return None
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):  # to read a pipe could block for ever
-        raise OSError(f"{path} is not a file")
-    if found.st_size > LARGEST_FILE:
-        raise OSError(f"{path} is too large")
+    # To read a pipe could block for ever.
+    if not path.is_file() or path.stat().st_size > LARGEST_FILE:
+        raise OSError(f"{path} is not a file, or too large")
     return path.read_bytes()
 
 
@@ -1042,47 +985,43 @@ def _replace(path: Path | None, old: bytes | None, new: bytes) -> None:
     Mode, owner, access lists, attributes and symbolic links stay. OSError if that is
     not possible, or the file is read-only.
     """
+    from shutil import copystat
+
     if path is None:
-        raise OSError(NO_HOME)
+        raise OSError("there is no home folder to save it in")
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
     try:
         with open(temporary, "xb") as file:
             if old is not None:
-                _copy_metadata(target, temporary)
+                found = target.stat()
+                if not (found.st_mode & 0o222 and os.access(target, os.W_OK)):
+                    raise PermissionError(f"{path} is read-only")
+                if hasattr(os, "chown"):  # not on Windows
+                    os.chown(temporary, found.st_uid, found.st_gid)
+                copystat(target, temporary)
             file.write(new)
             file.flush()
             os.fsync(file.fileno())
         if _read(target) != old:
             raise OSError(f"{path} has been changed meanwhile")
         os.replace(temporary, target)
+        time.sleep(0.01)  # what a process writes that has compared, too, counts
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _copy_metadata(source: Path, target: Path) -> None:
-    """Copy all but the content. PermissionError if `source` must not be written."""
-    from shutil import copystat
-
-    found = source.stat()
-    if not (found.st_mode & 0o222 and os.access(source, os.W_OK)):
-        raise PermissionError(f"{source} is read-only")
-    if hasattr(os, "chown"):  # not on Windows
-        os.chown(target, found.st_uid, found.st_gid)
-    copystat(source, target)
 
 
 # The commands
 
 
-@click.group(
-    help=GROUP_HELP,
-    invoke_without_command=True,
-    context_settings={"help_option_names": HELP_OPTIONS},
-)
+@click.group(invoke_without_command=True, epilog=f"Read more: {DOCUMENTATION}")
 @click.pass_context
 def telemetry(context: click.Context) -> None:
+    """See whether telemetry is on, and opt out or in.
+
+    To opt out in an environment, set DO_NOT_TRACK or KEDRO_DISABLE_TELEMETRY.
+    """
     if context.invoked_subcommand is None:
         context.invoke(status)
 
@@ -1091,25 +1030,24 @@ def telemetry(context: click.Context) -> None:
 @click.pass_obj
 def status(project_metadata: Any) -> None:
     """Show whether telemetry is on here, and why (the default)."""
-    consent = _find_consent(_path_of(project_metadata))
+    project_path = getattr(project_metadata, "project_path", None)
+    consent = _find_consent(project_path)
     identity_file = _user_file("telemetry.toml")
-    pyproject = _pyproject(_path_of(project_metadata))
     paused_until = _back_off_end()
-    no_id = "none" if _is_ci_env() else "none yet"
+    no_id = "none" if _is_ci_env() else "none yet"  # CI machines are given no ids
     click.echo(f"Telemetry:   {'off' if consent.decision is False else 'on'} here")
     click.echo(f"Reason:      {consent.reason}")
     click.echo(f"Identity:    {_uuid_in(_read_toml(identity_file)) or no_id}")
     if identity_file is not None:
         click.echo(f"             in {identity_file}")
-    if pyproject is not None:
+    if project_path is not None:
+        pyproject = _pyproject(project_path)
         click.echo(f"Project id:  {_project_id_in(_read_toml(pyproject)) or no_id}")
         click.echo(f"             in {pyproject}; sent as a hash")
     click.echo(f"Endpoint:    {ENDPOINT}")
     if paused_until is not None:
-        until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(paused_until))
-        click.echo(
-            f"Paused:      until {until}, as the last post had no answer in time"
-        )
+        end = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(paused_until))
+        click.echo(f"Paused:      until {end}, as the last post had no answer in time")
     click.echo(STATUS_HELP)
 
 
@@ -1117,11 +1055,8 @@ def status(project_metadata: Any) -> None:
 @click.pass_obj
 def enable(project_metadata: Any) -> None:
     """Opt in for all your projects."""
-    path = _write_decision("true", instead="")
-    click.echo(
-        f"You have opted in to telemetry for all your projects.\nSaved in {path}"
-    )
-    consent = _find_consent(_path_of(project_metadata))
+    _write_decision("true", "opted in to")
+    consent = _find_consent(getattr(project_metadata, "project_path", None))
     if consent.decision is False:
         click.echo(f"Telemetry stays off here: {consent.reason}")
 
@@ -1129,10 +1064,7 @@ def enable(project_metadata: Any) -> None:
 @telemetry.command()
 def disable() -> None:
     """Opt out for all your projects."""
-    path = _write_decision("false", instead="; set DO_NOT_TRACK instead")
-    click.echo(
-        f"You have opted out of telemetry for all your projects.\nSaved in {path}"
-    )
+    _write_decision("false", "opted out of", instead="; set DO_NOT_TRACK instead")
 
 
 # What people type, without lines of their own in the help
@@ -1140,26 +1072,32 @@ telemetry.add_command(click.Command("on", callback=enable.callback, hidden=True)
 telemetry.add_command(click.Command("off", callback=disable.callback, hidden=True))
 
 
-def _write_decision(decision: str, instead: str) -> Path | None:
-    """Write `consent: decision` for all of the user's projects; return the file."""
+def _write_decision(decision: str, done: str, instead: str = "") -> None:
+    """Write `consent: decision` for all of the user's projects, and say so."""
     path = _user_file(".telemetry")
     try:
         _replace(path, _read(path), f"consent: {decision}\n".encode())
     except OSError as error:
         raise click.ClickException(f"Nothing has changed: {error}{instead}") from error
-    return path
+    click.echo(f"You have {done} telemetry for all your projects.\nSaved in {path}")
 
 
 def _add_commands(project_metadata: Any) -> None:
-    """Add `kedro telemetry` to Kedro's commands, where those of others come first."""
+    """Add `kedro telemetry` where a project's or a plugin's `telemetry` comes first."""
     from kedro.framework.cli import cli as cli_module
 
-    name = "global_commands" if project_metadata is None else "project_commands"
-    group = getattr(cli_module, name, None)
-    if group is not None:
-        group.add_command(telemetry)
-    elif not _has_other_telemetry(project_metadata):  # Kedro 0.18 looks there first
-        cli_module.cli.add_command(telemetry)
+    groups = vars(cli_module)
+    if "global_commands" not in groups:  # Kedro 0.18 has one group, which comes first
+        if not _has_other_telemetry(project_metadata):
+            groups["cli"].commands.setdefault("telemetry", telemetry)
+        return
+    outside = groups["global_commands"].commands
+    if project_metadata is None:
+        outside.setdefault("telemetry", telemetry)
+        return
+    if outside.get("telemetry") is telemetry:  # it would come before the project's
+        del outside["telemetry"]
+    groups["project_commands"].commands.setdefault("telemetry", telemetry)
 
 
 def _has_other_telemetry(project_metadata: Any) -> bool:
