@@ -119,18 +119,26 @@ class KedroTelemetryHook:
         self._command = None
         with suppress(Exception):
             words = [str(word) for word in command_args]
-            if words[:1] != ["telemetry"]:  # which is not reported
+            is_asking = words[:1] == ["telemetry"]
+            if not is_asking:  # which is not reported
                 project_path = getattr(project_metadata, "project_path", None)
                 self._command = _Activity(words, project_path)
-            _add_commands(project_metadata)
+            if is_asking and _has_other_telemetry(project_metadata):
+                _remove_commands()
+            else:
+                _add_commands(project_metadata)
 
     @_session_hook
     def after_context_created(self, context: Any) -> None:
         """Register what reports the session with the session's own hook manager."""
         with suppress(Exception):
+            if _environment_consent().decision is False:
+                return  # who has opted out should not even notice this
             hook_manager = context._hook_manager
             if not hook_manager.has_plugin(SESSION_PLUGIN):
-                activity = self._command or _Activity(None, None)
+                activity = self._command
+                if activity is None or not activity.includes(context.project_path):
+                    activity = _Activity(None, None)
                 reporter = _SessionReporter(activity, context.project_path)
                 hook_manager.register(reporter, SESSION_PLUGIN)
 
@@ -167,6 +175,15 @@ class _Activity:
         self._words = words
         self._project_path = project_path
         self._is_reported = False
+
+    def includes(self, project_path: Path) -> bool:
+        """Return whether a session at a path can be of the command's own project.
+
+        Where a path has no project, it is taken for a wrong one, as some plugins give.
+        """
+        if self._project_path in (None, project_path):
+            return True
+        return not Path(project_path, "pyproject.toml").exists()
 
     def report(self, name: str, project_path: Path | None, catalog: Any = None) -> None:
         """Send one event for the command's project, or else for `project_path`."""
@@ -303,8 +320,8 @@ def _show_notice_once() -> None:
     marker = _user_file("telemetry.notice")
     if _is_ci_env() or (marker is not None and marker.exists()):
         return
-    click.echo(NOTICE, err=True)
     with suppress(OSError):  # the notice is shown again next time
+        click.echo(NOTICE, err=True)
         _replace(marker, None, b"")
 
 
@@ -344,12 +361,15 @@ def _consent_sources(project_path: Path | None) -> Iterator[_Consent]:
     yield _environment_consent()
     yield _settings_consent(project_path)
     yield _file_consent(_user_file(".telemetry"))
-    folders = [] if project_path is None else [Path(project_path)]
     with suppress(OSError):  # the current directory has been deleted
-        here = Path.cwd()
-        folders += [here, *here.parents]
-    for folder in folders:
-        yield _file_consent(folder / ".telemetry")
+        yield from _folder_consents(Path.cwd())
+    if project_path is not None:
+        yield from _folder_consents(Path(project_path))
+
+
+def _folder_consents(folder: Path) -> Iterator[_Consent]:
+    for place in [folder, *folder.parents]:
+        yield _file_consent(place / ".telemetry")
 
 
 def _environment_consent() -> _Consent:
@@ -376,7 +396,7 @@ def _settings_consent(project_path: Path | None) -> _Consent:
                 return _Consent(False, f"{name} is set in {module}")
         plugins = settings.get("DISABLE_HOOKS_FOR_PLUGINS", ())
         names = [plugins] if isinstance(plugins, str) else plugins
-        if any(re.search("kedro[-_]telemetry", str(name), re.I) for name in names):
+        if any(re.search("kedro[-_. ]*telemetry", str(name), re.I) for name in names):
             return _Consent(False, f"DISABLE_HOOKS_FOR_PLUGINS is set in {module}")
     except Exception:  # settings that cannot be read may deny consent
         return _Consent(False, f"{module} could not be read")
@@ -517,7 +537,7 @@ def _create_body(event: _Event) -> Properties:
         properties["command"] = " ".join(["kedro", *masked])
         properties["main_command"] = masked[0] if masked else "kedro"
     if event.catalog is not None:
-        properties |= _project_statistics(event.catalog)
+        properties |= _project_statistics(event.catalog, event.project_path)
     properties |= _base_properties(identity, event.project_path)
     properties["project_id"] = _get_or_create_hashed_project_id(event.project_path)
     return {
@@ -579,23 +599,28 @@ def _public_tools(written: object) -> str | None:
     return ", ".join(name for name in names if name in KEDRO_TOOLS) or None
 
 
-def _project_statistics(catalog: Any) -> Properties:
+def _project_statistics(catalog: Any, project_path: Path | None) -> Properties:
     """Return what the event of a session tells. Add a new property of sessions here."""
     names = catalog.keys() if hasattr(catalog, "keys") else catalog.list()  # Kedro < 1
     is_parameter = re.compile("parameters$|params:").match
     datasets = [name for name in names if not is_parameter(str(name))]
     return {
         "number_of_datasets": len(datasets),
-        **_pipeline_statistics(),
+        **_pipeline_statistics(project_path),
         **_dataset_types(catalog, datasets),
         **_validator_types(catalog),
     }
 
 
-def _pipeline_statistics() -> Properties:
-    """Count pipelines and nodes if Kedro has loaded all: to load them runs code."""
+def _pipeline_statistics(project_path: Path | None) -> Properties:
+    """Count pipelines and nodes if Kedro has loaded all: to load them runs code.
+
+    Kedro has those of one project only, the last one that it has loaded.
+    """
     from kedro.framework.project import pipelines
 
+    if _loaded_package(project_path) != _loaded_package(None):
+        return {}
     is_selection = getattr(pipelines, "_requested_pipelines", None)  # since Kedro 1.5
     if is_selection or not pipelines._is_data_loaded:
         return {}
@@ -710,15 +735,19 @@ def _known_commands(words: list[str]) -> list[click.Command]:
 
 
 def _top_level_groups() -> Iterator[click.Command]:
-    """Yield Kedro's groups, which its CLI module names, and then those of plugins."""
-    from kedro.framework.cli import cli as cli_module
-
-    groups = vars(cli_module).values()
-    yield from [group for group in groups if isinstance(group, click.Group)]
+    yield from _kedro_groups()
     yield from _plugin_groups()
 
 
-def _plugin_groups() -> Iterator[click.Command]:
+def _kedro_groups() -> list[click.Group]:
+    """Return Kedro's groups of commands, which are all names in its CLI module."""
+    from kedro.framework.cli import cli as cli_module
+
+    groups = vars(cli_module).values()
+    return [group for group in groups if isinstance(group, click.Group)]
+
+
+def _plugin_groups() -> Iterator[Any]:
     """Yield the groups of commands of the plugins that Kedro has loaded."""
     from importlib.metadata import entry_points
 
@@ -735,7 +764,8 @@ def _find_command(groups: Iterable[Any], name: str) -> click.Command | None:
         # It may have no such command, fail to make it, or be no group at all.
         with suppress(Exception, SystemExit):
             command: click.Command = group.get_command(click.Context(group), name)
-            if _is_public(command, group):
+            # A group may answer to any word, or to another name of a command.
+            if command.name == name and _is_public(command, group):
                 return command
     return None
 
@@ -890,11 +920,14 @@ def _is_folder_enough(paths: DefaultVerifyPaths) -> bool:
 
 def _hash_links(paths: DefaultVerifyPaths) -> list[str]:
     """Return the names by which OpenSSL finds certificates in the folder."""
-    names = os.listdir(paths.capath) if paths.capath else []
-    return [name for name in names if re.fullmatch(r"[0-9a-f]{8}\.\d+", name)]
+    if paths.capath is None:
+        return []
+    is_hash_link = re.compile(r"[0-9a-f]{8}\.\d+").fullmatch
+    files = [file for file in os.scandir(paths.capath) if is_hash_link(file.name)]
+    return [file.name for file in files if file.is_file()]  # not a dangling symlink
 
 
-_back_off_start: float | None = None  # of this process, where no file can be stored
+_back_off_start = 0.0  # of this process, where no file can be stored
 
 
 def _start_back_off() -> None:
@@ -907,7 +940,7 @@ def _start_back_off() -> None:
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.unlink(missing_ok=True)  # root may have left it there
             marker.touch()
-            _back_off_start = None
+            _back_off_start = 0.0
 
 
 def _back_off_end() -> float | None:
@@ -916,11 +949,9 @@ def _back_off_end() -> float | None:
     marker = _user_file("telemetry.backoff")
     if marker is not None:
         with suppress(OSError):  # there is no such file
-            start = marker.stat().st_mtime
-    # A file server's clock may be ahead.
-    if start is None or abs(time.time() - start) >= BACK_OFF:
-        return None
-    return start + BACK_OFF
+            start = max(start, marker.stat().st_mtime)
+    is_over = abs(time.time() - start) >= BACK_OFF  # a server's clock may be ahead
+    return None if is_over else start + BACK_OFF
 
 
 # Files
@@ -1083,29 +1114,30 @@ def _write_decision(decision: str, done: str, instead: str = "") -> None:
 
 
 def _add_commands(project_metadata: Any) -> None:
-    """Add `kedro telemetry` where a project's or a plugin's `telemetry` comes first."""
+    """Add `kedro telemetry` to Kedro's commands inside or outside of projects."""
     from kedro.framework.cli import cli as cli_module
 
-    groups = vars(cli_module)
-    if "global_commands" not in groups:  # Kedro 0.18 has one group, which comes first
-        if not _has_other_telemetry(project_metadata):
-            groups["cli"].commands.setdefault("telemetry", telemetry)
-        return
-    outside = groups["global_commands"].commands
-    if project_metadata is None:
-        outside.setdefault("telemetry", telemetry)
-        return
-    if outside.get("telemetry") is telemetry:  # it would come before the project's
-        del outside["telemetry"]
-    groups["project_commands"].commands.setdefault("telemetry", telemetry)
+    name = "global_commands" if project_metadata is None else "project_commands"
+    group = getattr(cli_module, name, cli_module.cli)  # Kedro 0.18 has one group
+    group.commands.setdefault("telemetry", telemetry)
+
+
+def _remove_commands() -> None:
+    """Remove them where they would come before those of a project or a plugin."""
+    for group in _kedro_groups():
+        if group.commands.get("telemetry") is telemetry:
+            del group.commands["telemetry"]
 
 
 def _has_other_telemetry(project_metadata: Any) -> bool:
     """Return whether a plugin or the project has a command of this name."""
     package = getattr(project_metadata, "package_name", None)
     project_cli = getattr(sys.modules.get(f"{package}.cli"), "cli", None)
-    groups: list[Any] = [*_plugin_groups(), project_cli]
-    return any("telemetry" in getattr(group, "commands", {}) for group in groups)
+    for group in [*_plugin_groups(), project_cli]:
+        with suppress(Exception, SystemExit):  # not a group, or a command that fails
+            if group.get_command(click.Context(group), "telemetry") is not None:
+                return True
+    return False
 
 
 if __name__ == "__main__":

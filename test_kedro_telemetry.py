@@ -212,7 +212,7 @@ def user(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.setattr(kedro_telemetry, "DEADLINE", 20.0)  # a machine may be busy
-    monkeypatch.setattr(kedro_telemetry, "_back_off_start", None)
+    monkeypatch.setattr(kedro_telemetry, "_back_off_start", 0.0)
     monkeypatch.setattr(kedro_telemetry.telemetry_hook, "_command", None)
     monkeypatch.chdir(home)
     yield home
@@ -358,7 +358,7 @@ def base_properties(project_path: Path | None) -> dict:
 
 def statistics(catalog: object) -> dict:
     """What the event of a session tells of a catalog that has just been created."""
-    return kedro_telemetry._project_statistics(catalog)
+    return kedro_telemetry._project_statistics(catalog, None)
 
 
 @pytest.fixture
@@ -728,6 +728,55 @@ def test_a_session_of_a_command_counts_for_the_commands_project(project, heap):
     assert heap.project_ids == {SPACESHIPS}
 
 
+OTHER_SESSION = """
+import click
+from kedro.framework.session import KedroSession
+from kedro.framework.startup import bootstrap_project
+@click.command()
+@click.argument("path")
+def other(path):
+    bootstrap_project(path)
+    assert KedroSession.create(project_path=path).load_context().catalog
+cli = click.Group("spaceships", [other])
+"""
+
+
+@pytest.mark.parametrize("text", ["", "consent: false\n"], ids=["asked", "opted out"])
+def test_a_session_of_another_project_is_not_taken_for_the_commands(
+    text, project, other_project, heap
+):
+    write(project / "src/spaceships/cli.py", OTHER_SESSION)
+    write(other_project / ".telemetry", text)
+    assert run(f"other {other_project}").exit_code == 0
+    told = [
+        (event["event"], event["properties"]["project_id"]) for event in heap.events
+    ]
+    expected = [("CLI command", SPACESHIPS)]
+    if not text:
+        expected.insert(0, ("Kedro Project Statistics", ROCKETS))
+    assert told == expected
+    assert heap.commands[-1] == "kedro *****"
+
+
+def test_a_command_that_kedro_never_ended_is_not_taken_for_another_projects(
+    project, other_project, heap
+):
+    kedro_cli.KedroCLI(project).main(["info"], standalone_mode=False)
+    load_catalogs(other_project)
+    assert heap.commands == [None]
+    assert heap.project_ids == {ROCKETS}
+
+
+def test_pipelines_of_another_project_are_not_counted(project, other_project, heap):
+    session = create_session(project)
+    context = session.load_context()
+    bootstrap_project(other_project)
+    assert len(kedro_project.pipelines) == 2
+    assert context.catalog
+    assert heap.project_ids == {SPACESHIPS}
+    assert not {"number_of_pipelines", "number_of_nodes"} & set(heap.properties)
+
+
 @pytest.mark.skipif(KEDRO < (0, 19), reason="Kedro 0.18 cannot be copied at all")
 def test_a_session_is_copied_as_without_telemetry(project, heap):
     context = create_session(project).load_context()
@@ -1006,6 +1055,12 @@ DENIALS = README_DENIALS | {
     "a plugin's name in capitals": denial_in_settings(
         'DISABLE_HOOKS_FOR_PLUGINS = {"Kedro-Telemetry"}\n', DISABLE_HOOKS
     ),
+    "a plugin's name with a dot": denial_in_settings(
+        'DISABLE_HOOKS_FOR_PLUGINS = ["kedro.telemetry"]\n', DISABLE_HOOKS
+    ),
+    "a plugin's name in one": denial_in_settings(
+        'DISABLE_HOOKS_FOR_PLUGINS = ("KedroTelemetry",)\n', DISABLE_HOOKS
+    ),
     "a variable's name in settings, to any value": denial_in_settings(
         "DO_NOT_TRACK = False\n", "DO_NOT_TRACK is set in spaceships.settings"
     ),
@@ -1210,8 +1265,11 @@ def test_a_file_counts_in_the_current_directory_and_above(
     assert send_telemetry_event("x", project_path=tmp_path / "project") is is_sent
 
 
-def test_a_file_in_the_projects_root_counts_from_anywhere(project, user, monkeypatch):
-    write(project / ".telemetry", NO)
+@pytest.mark.parametrize("place", [".telemetry", "../.telemetry"])
+def test_a_file_in_the_projects_root_or_above_counts_from_anywhere(
+    place, project, user, monkeypatch
+):
+    write(project / place, NO)
     monkeypatch.chdir(user)
     assert kedro_telemetry._check_for_telemetry_consent(project) is False
     assert kedro_telemetry._check_for_telemetry_consent(None) is None
@@ -1260,9 +1318,17 @@ def test_after_a_grant_there_is_no_notice(user, heap, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_where_standard_error_is_closed_the_notice_harms_nothing(heap, monkeypatch):
+def test_where_standard_error_is_closed_the_event_is_sent(heap, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     assert send_telemetry_event("x") is True
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a full device")
+def test_where_standard_error_is_full_the_event_is_sent(heap, config, monkeypatch):
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert send_telemetry_event("x") is True
+    assert not (config / "telemetry.notice").exists()
 
 
 def test_the_debug_mode_prints_the_event_and_sends_nothing(
@@ -1837,7 +1903,11 @@ exec("def f(): ...", no_file)
 made_up = click.Command("made-up", callback=no_file["f"])
 deck = Lazy("deck", callback=plug_commands.deck)
 renamed = click.Command("renamed", callback=plug_commands.renamed)
+class Default(click.Group):
+    def get_command(self, ctx, name): return renamed
 inside = click.Group("inside", [deck, Open("open"), partial, made_up, renamed])
+inside.add_command(Default("default", callback=plug_commands.deck))
+inside.add_command(renamed, "alias")
 """
 PLUGIN_COMMANDS = """
 def deck(**_): ...
@@ -1907,6 +1977,9 @@ MASKED = [
     ("partial", "*****"),
     ("made-up", "*****"),
     ("renamed", "renamed"),
+    ("alias", "*****"),
+    ("default renamed", "default renamed"),
+    ("default /home/alice", "default *****"),
 ]
 
 
@@ -2168,6 +2241,30 @@ def test_where_no_stamp_can_be_stored_each_process_waits_once(
     assert send_telemetry_event("x") is True
 
 
+@not_root
+def test_where_an_old_stamp_cannot_be_renewed_each_process_waits_once(
+    heap, config, short_deadline
+):
+    os.utime(write(config / "telemetry.backoff", ""), (1, 1))
+    config.chmod(0o500)
+    heap.mode = "hang"
+    for _ in range(2):
+        assert send_telemetry_event("x") is False
+    config.chmod(0o700)
+    assert len(heap.connections) == 1
+
+
+def test_where_the_stamp_is_a_folder_each_process_waits_once(
+    heap, config, short_deadline
+):
+    (config / "telemetry.backoff").mkdir(parents=True)
+    os.utime(config / "telemetry.backoff", (1, 1))
+    heap.mode = "hang"
+    for _ in range(2):
+        assert send_telemetry_event("x") is False
+    assert len(heap.connections) == 1
+
+
 def test_without_a_home_folder_each_process_waits_once(heap, no_home, short_deadline):
     heap.mode = "hang"
     for _ in range(2):
@@ -2325,6 +2422,7 @@ FOLDERS = {
     "bundle alone": {"ca-certificates.crt": HEAP_CERTIFICATE},
     "empty bundle": {"ca-certificates.crt": "", "00000000.0": ""},
     "a company's": {"00000000.0": "", "ca-certificates.crt": HEAP_CERTIFICATE * 2},
+    "dangling": {"ca-certificates.crt": HEAP_CERTIFICATE},
 }
 
 
@@ -2344,6 +2442,7 @@ def set_trust(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
         for name, text in contents.items():
             write(tmp_path / folder / name, text)
+    (tmp_path / "dangling" / HASH_LINK).symlink_to("gone.pem")
     (tmp_path / "link.pem").symlink_to(tmp_path / "Debian/ca-certificates.crt")
     monkeypatch.chdir(tmp_path)
 
@@ -2378,6 +2477,7 @@ def set_trust(tmp_path, monkeypatch):
         (Trust("link.pem", "Debian"), True),
         (Trust("bundle alone/ca-certificates.crt", "bundle alone"), True),
         (Trust("a company's/ca-certificates.crt", "a company's"), True),
+        (Trust("dangling/ca-certificates.crt", "dangling"), True),
         (Trust("empty bundle/ca-certificates.crt", "empty bundle"), False),
         (Trust("Debian/ca-certificates.crt", "another"), True),
     ],
@@ -2676,24 +2776,69 @@ cli = click.Group("mine", [telemetry])
 """
 
 
-def test_a_projects_own_command_telemetry_comes_first(project, kedros_groups):
+def test_a_projects_own_command_telemetry_comes_first(project, heap, kedros_groups):
     write(project / "src/spaceships/cli.py", OWN_TELEMETRY)
     for _ in range(2):
         assert run("telemetry").output == "of my own\n"
+    assert heap.connections == []
 
 
-@pytest.mark.parametrize("group", ["global_commands", "project_commands"])
+def test_outside_of_the_project_the_command_is_there_again(
+    project, user, monkeypatch, kedros_groups
+):
+    write(project / "src/spaceships/cli.py", OWN_TELEMETRY)
+    monkeypatch.chdir(user)
+    assert "Telemetry:   on here" in run("telemetry").output
+    monkeypatch.chdir(project)
+    assert run("telemetry").output == "of my own\n"
+    monkeypatch.chdir(user)
+    kedro_project.PACKAGE_NAME = None
+    assert "Telemetry:   on here" in run("telemetry").output
+
+
+LAZY_TELEMETRY = """
+import click
+@click.command()
+def telemetry(): click.echo("of my own")
+class Lazy(click.Group):
+    def list_commands(self, ctx): return ["telemetry"]
+    def get_command(self, ctx, name): return {"telemetry": telemetry}.get(name)
+cli = Lazy("mine")
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "place"),
+    [
+        ("global_commands", "project"),
+        ("global_commands", "home"),
+        ("project_commands", "project"),
+    ],
+)
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(OWN_TELEMETRY, id="plain"),
+        pytest.param(
+            LAZY_TELEMETRY,
+            id="lazy",
+            marks=pytest.mark.skipif(KEDRO < (0, 19), reason="Kedro 0.18 has none"),
+        ),
+    ],
+)
 def test_a_plugins_own_command_telemetry_comes_first(
-    group, project, tmp_path, monkeypatch, kedros_groups
+    code, group, place, project, user, tmp_path, heap, monkeypatch, kedros_groups
 ):
     site = tmp_path / "site"
-    write(site / "plug.py", OWN_TELEMETRY)
+    write(site / "plug.py", code)
     write(site / "plug-1.0.dist-info/METADATA", "Name: plug\nVersion: 1.0\n")
     points = f"[kedro.{group}]\nplug = plug:cli\n"
     write(site / "plug-1.0.dist-info/entry_points.txt", points)
     monkeypatch.syspath_prepend(str(site))
+    monkeypatch.chdir(project if place == "project" else user)
     for _ in range(2):
         assert run("telemetry").output == "of my own\n"
+    assert heap.connections == []
 
 
 def test_where_the_command_cannot_be_added_the_others_work(monkeypatch, heap):
