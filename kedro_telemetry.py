@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -407,7 +408,7 @@ def _missing_settings_consent(package: str, module: str) -> _Consent:
     """Deny where Kedro has ignored settings that it could not import."""
     from importlib.util import find_spec
 
-    if package != _loaded_package(None):
+    if package != _loaded_package(None):  # Kedro has not loaded this project
         return NO_DECISION
     # find_spec would import the package once more where Kedro could not.
     if package in sys.modules and find_spec(module) is None:
@@ -515,8 +516,8 @@ def _pyproject(project_path: Path | None) -> Path | None:
 def _loaded_package(project_path: Path | None) -> str | None:
     """Return the package of a project, or None if Kedro has loaded no project.
 
-    Kedro knows the last one that it has loaded, which is meant if `project_path` is
-    None or does not tell. A process may have sessions of several.
+    Kedro knows that of the last project that it has loaded, but a process may have
+    sessions of several. The last one is meant where `project_path` does not tell.
     """
     last = getattr(sys.modules.get("kedro.framework.project"), "PACKAGE_NAME", None)
     declared = _kedro_table(project_path).get("package_name")
@@ -724,7 +725,7 @@ def _mask(words: list[str]) -> list[str]:
 def _known_commands(words: list[str]) -> list[click.Command]:
     """Return the public commands that `words` begins with, a group before its own."""
     commands: list[click.Command] = []
-    groups: Iterable[click.Command] = _top_level_groups()
+    groups: Iterable[Any] = chain(_kedro_groups(), _plugin_groups())
     for word in words:
         command = None if word.startswith("-") else _find_command(groups, word)
         if command is None:
@@ -732,11 +733,6 @@ def _known_commands(words: list[str]) -> list[click.Command]:
         commands.append(command)
         groups = [command]
     return commands
-
-
-def _top_level_groups() -> Iterator[click.Command]:
-    yield from _kedro_groups()
-    yield from _plugin_groups()
 
 
 def _kedro_groups() -> list[click.Group]:
