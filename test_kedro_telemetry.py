@@ -2026,20 +2026,21 @@ from kedro.framework.cli import cli as kedro_cli
 def run(**_): ...
 @click.command()
 def mine(): ...
-def wrapper(function):
+def function(): ...
+def decorated(function):
     @functools.wraps(function)
     def wrapped(): function()
     return wrapped
-wrapped = click.Command("wrapped", callback=wrapper(wrapper(mine.callback)))
-partial = click.Command("partial", callback=functools.partial(mine.callback))
+wrapped = click.Command("wrapped-in-plugin", callback=decorated(function))
+partial = click.Command("partial-in-plugin", callback=functools.partial(function))
 cli = click.Group("spaceships", [run, mine])
-plug.inside.add_command(mine, "added-to-plugin")
-plug.inside.add_command(wrapped, "wrapped-in-plugin")
-plug.inside.add_command(partial, "partial-in-plugin")
+plug.inside.add_command(click.Command("added-to-plugin", callback=function))
+plug.inside.add_command(wrapped)
+plug.inside.add_command(partial)
 plug.inside.add_command(click.Group("empty", invoke_without_command=True))
-kedro_cli.cli.add_command(mine, "added")
+kedro_cli.cli.add_command(click.Command("added", callback=function))
 kedro_cli.cli.add_command(click.Group("grouped", invoke_without_command=True))
-kedro_cli.cli.add_command(plug.fly, "of-a-plugin")
+kedro_cli.cli.add_command(click.Command("of-a-plugin", callback=plug.renamed.callback))
 """
 
 
@@ -2580,10 +2581,19 @@ def test_a_read_only_file_stays_as_it_is(new_project, heap):
 @pytest.mark.parametrize("edit", ["", "# mine\n"], ids=["emptied", "edited"])
 def test_an_edit_that_somebody_makes_meanwhile_stays(edit, new_project, monkeypatch):
     path = new_project / "pyproject.toml"
+    before = set(files(new_project))
     monkeypatch.setattr(os, "fsync", lambda _: path.write_text(edit))
     base_properties(new_project)
     assert path.read_text() == edit
-    assert [file.name for file in new_project.glob(".pyproject*")] == []
+    assert set(files(new_project)) == before, "A temporary file is left."
+
+
+def test_the_temporary_file_is_beside_the_file_and_hidden(new_project, monkeypatch):
+    names = []
+    monkeypatch.setattr(os, "fsync", lambda _: names.extend(os.listdir(new_project)))
+    base_properties(new_project)
+    (name,) = set(names) - set(os.listdir(new_project))
+    assert re.fullmatch(r"\.pyproject\.toml\.[0-9a-f]{16}", name)
 
 
 def test_of_two_that_write_at_once_the_last_one_counts(config, monkeypatch):
@@ -2711,6 +2721,23 @@ def test_a_decision_that_cannot_be_saved_is_told_in_one_line(word, config):
     assert done.exit_code == 1
     assert re.fullmatch(r"Error: Nothing has changed: .+\n", done.output)
     assert str(config) in done.output
+
+
+def test_a_decision_in_a_read_only_file_stays(config):
+    file = write(config / ".telemetry", YES)
+    file.chmod(0o444)
+    done = run("telemetry disable")
+    told = (
+        f"Error: Nothing has changed: {file} is read-only; set DO_NOT_TRACK instead\n"
+    )
+    assert (done.exit_code, done.output, file.read_text()) == (1, told, YES)
+
+
+def test_a_decision_that_is_no_file_stays(config):
+    file = config / ".telemetry"
+    file.mkdir(parents=True)
+    told = f"Error: Nothing has changed: {file} is not a file, or too large\n"
+    assert run("telemetry enable").output == told
 
 
 @pytest.mark.parametrize(
