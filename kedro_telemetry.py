@@ -709,10 +709,7 @@ def _mask(words: list[str]) -> list[str]:
     """
     commands = _known_commands(words)
     options = _option_names(commands)
-    rest: list[str] = []
-    for word in words[len(commands) :]:
-        option, equals_sign, value = word.partition("=")
-        rest += [option, value] if equals_sign and option in options else [word]
+    rest = _split_at_equals_sign(words[len(commands) :], options)
     if not commands and rest and rest[0] not in options:
         return [MASK]  # an unknown command, of which nothing is told
     masked = words[: len(commands)]
@@ -801,6 +798,15 @@ def _option_names(commands: list[click.Command]) -> set[str]:
         if isinstance(parameter, click.Option):
             names.update(parameter.opts, parameter.secondary_opts)
     return names
+
+
+def _split_at_equals_sign(words: list[str], options: set[str]) -> list[str]:
+    """Split each `--option=value` into two words."""
+    split = []
+    for word in words:
+        option, equals_sign, value = word.partition("=")
+        split += [option, value] if equals_sign and option in options else [word]
+    return split
 
 
 def _is_official_starter(option: str, value: str) -> bool:
