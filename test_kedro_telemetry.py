@@ -665,7 +665,11 @@ def test_a_session_that_is_used_in_threads_is_reported_once(project, heap):
     """As `kedro server start` uses one for all requests."""
     session = create_session(project)
     session.load_context().catalog  # noqa: B018
-    in_threads(lambda _: session.load_context().catalog, *range(4))
+
+    def load_catalog(_: object) -> None:
+        assert session.load_context().catalog
+
+    in_threads(load_catalog, *range(4))
     assert len(heap.events) == 1
 
 
@@ -1263,6 +1267,20 @@ def test_a_file_counts_in_the_current_directory_and_above(
     write(tmp_path / place, NO)
     assert send_telemetry_event("x") is is_sent
     assert send_telemetry_event("x", project_path=tmp_path / "project") is is_sent
+
+
+def test_a_file_in_the_current_directory_counts_for_a_packaged_project(
+    project, user, heap, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(project / "src"))
+    kedro_project.configure_project("spaceships")
+    monkeypatch.chdir(user)
+    conf_source = str(project / "conf")
+    for text in ("", NO):
+        write(user / ".telemetry", text)
+        session = KedroSession.create(conf_source=conf_source)
+        assert session.load_context().catalog
+    assert heap.commands == [None]
 
 
 @pytest.mark.parametrize("place", [".telemetry", "../.telemetry"])
@@ -2178,7 +2196,11 @@ def test_after_the_deadline_a_post_is_given_up(
 
 def test_a_look_up_that_hangs_is_given_up(heap, config, short_deadline, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.invalid:80")
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: heap.is_over.wait())
+
+    def hang(*_: object, **__: object) -> None:
+        heap.is_over.wait()
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
     assert send_telemetry_event("x") is False
     assert (config / "telemetry.backoff").exists()
 
@@ -2450,7 +2472,7 @@ def set_trust(tmp_path, monkeypatch):
     def set_trust(trust: Trust) -> None:
         monkeypatch.setenv("SSL_CERT_FILE", trust.file)
         monkeypatch.setenv("SSL_CERT_DIR", trust.folder)
-        module = SimpleNamespace(where=lambda: trust.certifi)
+        module = SimpleNamespace(where=Mock(return_value=trust.certifi))
         monkeypatch.setitem(sys.modules, "certifi", module if trust.certifi else None)
 
     return set_trust
@@ -2582,7 +2604,11 @@ def test_a_read_only_file_stays_as_it_is(new_project, heap):
 def test_an_edit_that_somebody_makes_meanwhile_stays(edit, new_project, monkeypatch):
     path = new_project / "pyproject.toml"
     before = set(files(new_project))
-    monkeypatch.setattr(os, "fsync", lambda _: path.write_text(edit))
+
+    def edit_meanwhile(_: int) -> None:
+        path.write_text(edit)
+
+    monkeypatch.setattr(os, "fsync", edit_meanwhile)
     base_properties(new_project)
     assert path.read_text() == edit
     assert set(files(new_project)) == before, "A temporary file is left."
@@ -2590,7 +2616,11 @@ def test_an_edit_that_somebody_makes_meanwhile_stays(edit, new_project, monkeypa
 
 def test_the_temporary_file_is_beside_the_file_and_hidden(new_project, monkeypatch):
     names = []
-    monkeypatch.setattr(os, "fsync", lambda _: names.extend(os.listdir(new_project)))
+
+    def look_around(_: int) -> None:
+        names.extend(os.listdir(new_project))
+
+    monkeypatch.setattr(os, "fsync", look_around)
     base_properties(new_project)
     (name,) = set(names) - set(os.listdir(new_project))
     assert re.fullmatch(r"\.pyproject\.toml\.[0-9a-f]{16}", name)
@@ -2612,7 +2642,11 @@ def test_of_two_that_write_at_once_the_last_one_counts(config, monkeypatch):
 def test_a_file_that_somebody_makes_meanwhile_stays(config, monkeypatch):
     path = config / "telemetry.toml"
     text = f'[telemetry]\nuuid = "{IDENTITY}"\n'
-    monkeypatch.setattr(os, "fsync", lambda _: path.write_text(text))
+
+    def write_meanwhile(_: int) -> None:
+        path.write_text(text)
+
+    monkeypatch.setattr(os, "fsync", write_meanwhile)
     assert kedro_telemetry._get_or_create_uuid() == IDENTITY
     assert path.read_text() == text
 
