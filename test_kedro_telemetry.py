@@ -1188,6 +1188,12 @@ def test_a_project_without_settings_denies_nothing(project, heap):
     assert heap.commands == ["kedro info"]
 
 
+def test_settings_that_kedro_has_not_loaded_deny_nothing(project, other_project, heap):
+    write(other_project / "src/rockets/settings.py", "import gone\n")
+    bootstrap_project(project)
+    assert send_telemetry_event("x", {}, other_project) is True
+
+
 def test_a_package_that_cannot_be_imported_is_not_run_again(project, heap, capfd):
     write(project / "src/spaceships/__init__.py", "print('run')\nimport gone\n")
     bootstrap_project(project)
