@@ -57,6 +57,7 @@ Opt out for all your projects:  {COMMAND} disable
 Opt in for all your projects:   {COMMAND} enable
 What is collected, and other ways to opt out:
 {DOCUMENTATION}"""
+NO_HOME = "there is no home folder to save it in"
 
 OPT_OUT_VARIABLES = ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY")
 CI_VARIABLES = (
@@ -323,7 +324,7 @@ def _show_notice_once() -> None:
         return
     with suppress(OSError):  # the notice is shown again next time
         click.echo(NOTICE, err=True)
-        _replace(marker, None, b"")
+        _write_empty(marker)
 
 
 def _log(message: str, *args: object) -> None:
@@ -935,14 +936,10 @@ _back_off_start = 0.0  # of this process, where no file can be stored
 def _start_back_off() -> None:
     """Stop posts for BACK_OFF seconds: write a file for all processes of the user."""
     global _back_off_start
-    marker = _user_file("telemetry.backoff")
     _back_off_start = time.time()
-    if marker is not None:
-        with suppress(OSError):
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.unlink(missing_ok=True)  # root may have left it there
-            marker.touch()
-            _back_off_start = 0.0
+    with suppress(OSError):
+        _write_empty(_user_file("telemetry.backoff"))
+        _back_off_start = 0.0
 
 
 def _back_off_end() -> float | None:
@@ -1012,6 +1009,15 @@ def _table(document: Properties, *names: str) -> Properties:
     return found if isinstance(found, dict) else {}
 
 
+def _write_empty(path: Path | None) -> None:
+    """Write an empty file anew, even one that root has left in the user's folder."""
+    if path is None:
+        raise OSError(NO_HOME)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.touch()
+
+
 def _replace(path: Path | None, old: bytes | None, new: bytes) -> None:
     """Replace a file in one step, if it still holds `old` (None: if there is none).
 
@@ -1021,7 +1027,7 @@ def _replace(path: Path | None, old: bytes | None, new: bytes) -> None:
     from shutil import copystat
 
     if path is None:
-        raise OSError("there is no home folder to save it in")
+        raise OSError(NO_HOME)
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
@@ -1040,7 +1046,7 @@ def _replace(path: Path | None, old: bytes | None, new: bytes) -> None:
         if _read(target) != old:
             raise OSError(f"{path} has been changed meanwhile")
         os.replace(temporary, target)
-        time.sleep(0.01)  # what a process writes that has compared, too, counts
+        time.sleep(0.005)  # what a process writes that has compared, too, counts
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1147,5 +1153,8 @@ if __name__ == "__main__":
     from kedro.framework.cli.hooks import get_cli_hook_manager
 
     get_cli_hook_manager().register(telemetry_hook)
-    sys.argv = ["kedro", "telemetry", *sys.argv[1:]]
+    if not IS_VENDORED:
+        sys.argv[0] = "kedro"  # for click's usage
+    if sys.argv[1:2] != ["telemetry"]:
+        sys.argv.insert(1, "telemetry")
     main()
