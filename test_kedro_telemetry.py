@@ -6,6 +6,7 @@ loopback. Commands run by click's CliRunner, or as processes where the process m
 
 import contextlib
 import copy
+import gc
 import json
 import logging
 import os
@@ -21,10 +22,12 @@ import textwrap
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Iterator, Mapping
 from hashlib import sha512
 from http.server import BaseHTTPRequestHandler
 from importlib import import_module
+from importlib.metadata import distribution
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import NamedTuple
@@ -424,6 +427,22 @@ def test_other_packages_find_the_names_that_they_import(line):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_kedro_finds_the_hooks_and_nothing_that_it_would_compare_or_run():
+    points = distribution("kedro-telemetry").entry_points
+    assert {(point.group, point.value) for point in points} == {
+        ("kedro.hooks", "kedro_telemetry:telemetry_hook"),
+        ("kedro.cli_hooks", "kedro_telemetry:telemetry_hook"),
+    }
+
+
+def test_the_page_in_a_registry_leads_to_kedro():
+    urls = distribution("kedro-telemetry").metadata.get_all("Project-URL")
+    assert urls == [
+        f"Documentation, {DOCUMENTATION}",
+        "Source, https://github.com/kedro-org/kedro-plugins/tree/main/kedro-telemetry",
+    ]
+
+
 def test_ProjectMetadata_is_kedros_and_no_other_name_is_made_up():
     assert kedro_telemetry.plugin.ProjectMetadata is ProjectMetadata
     with pytest.raises(AttributeError, match="has no attribute 'KedroCLI'"):
@@ -817,6 +836,15 @@ def test_the_users_hooks_have_seen_the_catalog_before_it_is_reported(project, he
     write(project / SETTINGS, settings)
     create_session(project).load_context().catalog  # noqa: B018
     assert heap.properties["number_of_datasets"] == 2
+
+
+def test_a_session_that_is_over_is_freed(project, heap):
+    session = create_session(project)
+    assert session.load_context().catalog
+    seen = weakref.ref(session)
+    del session
+    gc.collect()
+    assert seen() is None
 
 
 class Trap:
@@ -1836,6 +1864,16 @@ def catalog_of(configs: dict) -> SimpleNamespace:
 def test_a_bad_entry_of_a_catalog_costs_its_own_name_only(datasets):
     configs = {"a": ["x"], "b": {}, 3: {"type": "MemoryDataset"}, "d": None}
     assert dataset_types(catalog_of(configs)) == {"custom": 3, MEMORY: 1}
+
+
+@since_kedro_1
+def test_a_session_with_a_bad_entry_is_reported(project, heap):
+    write(
+        project / CATALOG, "a: {type: [pandas.CSVDataset]}\nb: {type: MemoryDataset}\n"
+    )
+    load_catalogs(project)
+    assert heap.properties["dataset_type_count.custom"] == 1
+    assert heap.properties[f"dataset_type_count.{MEMORY}"] == 1
 
 
 @since_kedro_1
