@@ -39,12 +39,12 @@ DEADLINE = 2.0  # seconds to wait for a post
 BACK_OFF = 3600.0  # seconds without posts after one that had no answer in time
 LARGEST_FILE = 2**20  # bytes
 LONGEST_TEXT = 1023  # characters that Heap accepts in a key or a value
-LARGEST_NUMBER = 1e308  # leaves out inf and nan, which JSON cannot express
+LARGEST_NUMBER = 1e308  # inf and nan, which JSON cannot express, go as text
 
 MODULE = __spec__.name if __spec__ else __name__
 IS_VENDORED = MODULE != "kedro_telemetry"  # such a copy reports sessions only
 COMMAND = f"python -m {MODULE}" if IS_VENDORED else "kedro telemetry"
-SHOWN_COMMAND = "kedro run" if IS_VENDORED else "kedro info"
+EXAMPLE_COMMAND = "kedro run" if IS_VENDORED else "kedro info"
 
 NOTICE = f"""
 Kedro collects anonymised usage data to improve the product.
@@ -52,7 +52,7 @@ See whether it is on here, and why:  {COMMAND}
 Opt out:    {COMMAND} disable, or set DO_NOT_TRACK
 Read more:  {DOCUMENTATION}"""
 STATUS_HELP = f"""
-See an event; nothing is sent:  KEDRO_TELEMETRY_DEBUG=1 {SHOWN_COMMAND}
+See an event; nothing is sent:  KEDRO_TELEMETRY_DEBUG=1 {EXAMPLE_COMMAND}
 Opt out for all your projects:  {COMMAND} disable
 Opt in for all your projects:   {COMMAND} enable
 What is collected, and other ways to opt out:
@@ -109,7 +109,7 @@ _session_hook = HookimplMarker("kedro")
 class KedroTelemetryHook:
     """Reports each command and each session; it knows the current command only.
 
-    No hook raises an exception, whatever it is given: that would end the command.
+    No hook raises an error of its own, whatever it is given: it would end the command.
     """
 
     def __init__(self) -> None:
@@ -121,28 +121,28 @@ class KedroTelemetryHook:
         self._command = None
         with suppress(Exception):
             words = [str(word) for word in command_args]
-            is_asking = words[:1] == ["telemetry"]
-            if not is_asking:  # which is not reported
+            if words[:1] != ["telemetry"]:  # which is not itself reported
                 project_path = getattr(project_metadata, "project_path", None)
                 self._command = _Activity(words, project_path)
-            if is_asking and _has_other_telemetry(project_metadata):
-                _remove_commands()
-            else:
-                _add_commands(project_metadata)
+            elif _has_other_telemetry(project_metadata):
+                _remove_command()
+                return
+            _add_command(project_metadata)
 
     @_session_hook
     def after_context_created(self, context: Any) -> None:
         """Register what reports the session with the session's own hook manager."""
         with suppress(Exception):
             if _environment_consent().decision is False:
-                return  # who has opted out should not even notice this
+                return  # whoever has opted out should not even notice the hook
             hook_manager = context._hook_manager
-            if not hook_manager.has_plugin(SESSION_PLUGIN):
-                activity = self._command
-                if activity is None or not activity.includes(context.project_path):
-                    activity = _Activity(None, None)
-                reporter = _SessionReporter(activity, context.project_path)
-                hook_manager.register(reporter, SESSION_PLUGIN)
+            if hook_manager.has_plugin(SESSION_PLUGIN):
+                return  # the session has created a context before
+            activity = self._command
+            if activity is None or not activity.includes(context.project_path):
+                activity = _Activity(None, None)
+            reporter = _SessionReporter(activity, context.project_path)
+            hook_manager.register(reporter, SESSION_PLUGIN)
 
     @_cli_hook
     def after_command_run(self) -> None:
@@ -150,7 +150,8 @@ class KedroTelemetryHook:
         command = self._command
         self._command = None
         if command is not None:
-            with suppress(KeyboardInterrupt):  # it has ended, only the wait can be left
+            # The command has ended: Ctrl-C ends the wait alone.
+            with suppress(KeyboardInterrupt):
                 command.report("CLI command", None)
 
 
@@ -181,7 +182,7 @@ class _Activity:
     def includes(self, project_path: Path) -> bool:
         """Return whether a session at a path can be of the command's own project.
 
-        Where a path has no project, it is taken for a wrong one, as some plugins give.
+        A path without a project is taken for a mistake, as some plugins pass one.
         """
         if self._project_path in (None, project_path):
             return True
@@ -275,10 +276,10 @@ class _Event(NamedTuple):
 
 
 def _send(event: _Event) -> bool:
-    """Send an event unless consent is denied; True if Heap accepted it.
+    """Send an event unless consent is denied; return True if Heap accepted it.
 
-    What goes wrong costs the event, never the command. The wait stands outside of
-    that: what a signal handler raises there belongs to the process.
+    A failure costs the event, never the command. The wait stands outside of the `try`:
+    what a signal handler raises there belongs to the process.
     """
     try:
         if os.environ.get("_KEDRO_COMPLETE"):  # the user pressed TAB in a shell
@@ -322,7 +323,8 @@ def _show_notice_once() -> None:
     marker = _user_file("telemetry.notice")
     if _is_ci_env() or (marker is not None and marker.exists()):
         return
-    with suppress(OSError):  # the notice is shown again next time
+    # Standard error may be full or closed. The notice is shown again next time.
+    with suppress(OSError, ValueError):
         click.echo(NOTICE, err=True)
         _write_empty(marker)
 
@@ -411,7 +413,7 @@ def _missing_settings_consent(package: str, module: str) -> _Consent:
 
     if package != _loaded_package(None):  # Kedro has not loaded this project
         return NO_DECISION
-    # find_spec would import the package once more where Kedro could not.
+    # Where the package itself could not be imported, find_spec would try it again.
     if package in sys.modules and find_spec(module) is None:
         return NO_DECISION
     return _Consent(False, f"{module} could not be imported")
@@ -517,19 +519,21 @@ def _pyproject(project_path: Path | None) -> Path | None:
 def _loaded_package(project_path: Path | None) -> str | None:
     """Return the package of a project, or None if Kedro has loaded no project.
 
-    Kedro knows that of the last project that it has loaded, but a process may have
-    sessions of several. The last one is meant where `project_path` does not tell.
+    Kedro keeps only the name of the project that it loaded last, but a process may have
+    sessions of several, so what `pyproject.toml` declares comes first.
     """
     last = getattr(sys.modules.get("kedro.framework.project"), "PACKAGE_NAME", None)
+    if last is None:
+        return None
     declared = _kedro_table(project_path).get("package_name")
-    return declared if last is not None and isinstance(declared, str) else last
+    return declared if isinstance(declared, str) else last
 
 
 # Properties
 
 
 def _create_body(event: _Event) -> Properties:
-    """Return an event as Heap receives it. Create the ids that there are not yet."""
+    """Return an event as Heap receives it, and create the ids that are missing."""
     from datetime import UTC, datetime
 
     identity = _get_or_create_identity()
@@ -565,7 +569,7 @@ def _for_heap(properties: Properties) -> Properties:
 def _base_properties(user_uuid: str, project_path: Path | None) -> Properties:
     """Return what every event tells, but for `project_id`. Add a new property here."""
     kedro_table = _kedro_table(project_path)
-    example = kedro_table.get("example_pipeline")  # a boolean or its name
+    example = kedro_table.get("example_pipeline")  # a boolean, or its text
     return {
         "username": user_uuid,
         "project_version": _kedro_version(),
@@ -596,7 +600,7 @@ def _is_ci_env() -> bool:
 
 
 def _public_tools(written: object) -> str | None:
-    """Return the names of Kedro's own tools in an array, or a string that holds one."""
+    """Return which of Kedro's own tools an array, or its text, names."""
     names = [name.strip() for name in re.split(r"[][,'\"]", str(written))]
     return ", ".join(name for name in names if name in KEDRO_TOOLS) or None
 
@@ -615,16 +619,16 @@ def _project_statistics(catalog: Any, project_path: Path | None) -> Properties:
 
 
 def _pipeline_statistics(project_path: Path | None) -> Properties:
-    """Count pipelines and nodes if Kedro has loaded all: to load them runs code.
+    """Count pipelines and nodes if Kedro has loaded them all: loading runs user code.
 
-    Kedro has those of one project only, the last one that it has loaded.
+    Kedro holds those of one project only, the one that it loaded last.
     """
     from kedro.framework.project import pipelines
 
     if _loaded_package(project_path) != _loaded_package(None):
         return {}
-    is_selection = getattr(pipelines, "_requested_pipelines", None)  # since Kedro 1.5
-    if is_selection or not pipelines._is_data_loaded:
+    requested = getattr(pipelines, "_requested_pipelines", None)  # since Kedro 1.5
+    if requested or not pipelines._is_data_loaded:
         return {}
     properties: Properties = {}
     with suppress(Exception):  # a registry may return anything
@@ -634,7 +638,7 @@ def _pipeline_statistics(project_path: Path | None) -> Properties:
 
 
 def _dataset_types(catalog: Any, datasets: Iterable[str]) -> Properties:
-    """Count the datasets of each public type, which catalogs know since Kedro 1.0."""
+    """Count the datasets of each public type; catalogs tell types since Kedro 1.0."""
     from functools import cache
 
     if not hasattr(catalog, "get_type"):
@@ -670,13 +674,13 @@ def _declared_class(declared: str | type) -> str | None:
     return None
 
 
-def _class_in_sources(path: str) -> str | None:
-    """Return the full name of a public class by its source, which is not imported."""
+def _class_in_sources(dotted_name: str) -> str | None:
+    """Find a public class in source files, without an import; return its full name."""
     from importlib.util import find_spec
 
     # Such as kedro_datasets.pandas.CSVDataset, with or without the module csv_dataset
     public = r"(kedro\.io|kedro_datasets(?:_experimental)?\.\w+)\.(?:(\w+)\.)?(\w+)"
-    match = re.fullmatch(public, path)
+    match = re.fullmatch(public, dotted_name)
     if match is None:
         return None
     group, module, name = match.groups()
@@ -704,7 +708,7 @@ def _validator_types(catalog: Any) -> Properties:
 
 
 def _mask(words: list[str]) -> list[str]:
-    """Replace each word that neither Kedro nor an installed plugin defines by MASK.
+    """Replace by MASK each word that neither Kedro nor an installed plugin defines.
 
     Commands, the names of the last one's options and official starters stay.
     """
@@ -758,7 +762,7 @@ def _find_command(groups: Iterable[Any], name: str) -> click.Command | None:
         # It may have no such command, fail to make it, or be no group at all.
         with suppress(Exception, SystemExit):
             command: click.Command = group.get_command(click.Context(group), name)
-            # A group may answer to any word, or to another name of a command.
+            # A group may answer to any word, or to an alias.
             if command.name == name and _is_public(command, group):
                 return command
     return None
@@ -767,6 +771,7 @@ def _find_command(groups: Iterable[Any], name: str) -> click.Command | None:
 def _is_public(command: click.Command, group: click.Command) -> bool:
     """Return whether Kedro or a plugin, and not the project, defines a command."""
     file = _source_file(command)
+    # What others add to Kedro's own groups is not public.
     if _is_in_package(_source_file(group), "kedro"):
         return _is_in_package(file, "kedro")
     return file is not None and not _is_in_package(file, _loaded_package(None))
@@ -843,14 +848,15 @@ class _Post(threading.Thread):
             import_module("certifi")
 
     def run(self) -> None:
-        with suppress(AttributeError):  # Windows has no SIGPIPE, which ends a process
+        # A connection that the server closes must not end the process by SIGPIPE.
+        with suppress(AttributeError):  # Windows has no such signal
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
         try:
             self.outcome = _status_of_post(self.content)
         except Exception as error:  # there is no second try
-            reason = getattr(error, "reason", error)  # a URLError hides what it is
-            kind = reason if isinstance(reason, Exception) else error
-            self.outcome = type(kind).__name__  # its text may hold a proxy's password
+            reason = getattr(error, "reason", None)  # a URLError wraps the real error
+            cause = reason if isinstance(reason, Exception) else error
+            self.outcome = type(cause).__name__  # its text may hold a proxy's password
 
 
 def _wait_for(post: _Post) -> bool:
@@ -908,9 +914,10 @@ def _tls_context() -> SSLContext:
 
 
 def _is_folder_enough(paths: DefaultVerifyPaths) -> bool:
-    """Return whether the folder of certificates has all that are in the bundle.
+    """Return whether the folder alone holds every authority that the bundle holds.
 
-    It may have a company's only. Debian, Ubuntu and Alpine keep the bundle in it.
+    Elsewhere it may hold only a company's own. Debian, Ubuntu and Alpine keep the
+    bundle in the folder, beside a file for each authority.
     """
     if paths.cafile is None or paths.capath is None:
         return False
@@ -926,20 +933,21 @@ def _hash_links(paths: DefaultVerifyPaths) -> list[str]:
     if paths.capath is None:
         return []
     is_hash_link = re.compile(r"[0-9a-f]{8}\.\d+").fullmatch
-    files = [file for file in os.scandir(paths.capath) if is_hash_link(file.name)]
-    return [file.name for file in files if file.is_file()]  # not a dangling symlink
+    files = Path(paths.capath).iterdir()
+    # A dangling symlink is not a file.
+    return [file.name for file in files if is_hash_link(file.name) and file.is_file()]
 
 
-_back_off_start = 0.0  # of this process, where no file can be stored
+_back_off_start = 0.0  # of this process, for where no file can be written
 
 
 def _start_back_off() -> None:
     """Stop posts for BACK_OFF seconds: write a file for all processes of the user."""
     global _back_off_start
-    _back_off_start = time.time()
-    with suppress(OSError):
+    try:
         _write_empty(_user_file("telemetry.backoff"))
-        _back_off_start = 0.0
+    except OSError:
+        _back_off_start = time.time()
 
 
 def _back_off_end() -> float | None:
@@ -949,7 +957,7 @@ def _back_off_end() -> float | None:
     if marker is not None:
         with suppress(OSError):  # there is no such file
             start = max(start, marker.stat().st_mtime)
-    is_over = abs(time.time() - start) >= BACK_OFF  # a server's clock may be ahead
+    is_over = abs(time.time() - start) >= BACK_OFF  # a file server's clock may be ahead
     return None if is_over else start + BACK_OFF
 
 
@@ -1010,7 +1018,7 @@ def _table(document: Properties, *names: str) -> Properties:
 
 
 def _write_empty(path: Path | None) -> None:
-    """Write an empty file anew, even one that root has left in the user's folder."""
+    """Put an empty file at `path`, even in place of one that root has left there."""
     if path is None:
         raise OSError(NO_HOME)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1046,7 +1054,9 @@ def _replace(path: Path | None, old: bytes | None, new: bytes) -> None:
         if _read(target) != old:
             raise OSError(f"{path} has been changed meanwhile")
         os.replace(temporary, target)
-        time.sleep(0.005)  # what a process writes that has compared, too, counts
+        # A process that compared at the same moment may replace it once more. The
+        # caller reads it again after this wait, so that both use what stays.
+        time.sleep(0.005)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1106,7 +1116,7 @@ def disable() -> None:
     _write_decision("false", "opted out of", instead="; set DO_NOT_TRACK instead")
 
 
-# What people type, without lines of their own in the help
+# Aliases that people type, and that the help does not list
 telemetry.add_command(click.Command("on", callback=enable.callback, hidden=True))
 telemetry.add_command(click.Command("off", callback=disable.callback, hidden=True))
 
@@ -1116,12 +1126,13 @@ def _write_decision(decision: str, done: str, instead: str = "") -> None:
     path = _user_file(".telemetry")
     try:
         _replace(path, _read(path), f"consent: {decision}\n".encode())
-    except OSError as error:
-        raise click.ClickException(f"Nothing has changed: {error}{instead}") from error
+    except OSError as error:  # which may name a temporary file
+        reason = f"{path}: {error.strerror}" if error.strerror else error
+        raise click.ClickException(f"Nothing has changed: {reason}{instead}") from error
     click.echo(f"You have {done} telemetry for all your projects.\nSaved in {path}")
 
 
-def _add_commands(project_metadata: Any) -> None:
+def _add_command(project_metadata: Any) -> None:
     """Add `kedro telemetry` to Kedro's commands inside or outside of projects."""
     from kedro.framework.cli import cli as cli_module
 
@@ -1130,8 +1141,12 @@ def _add_commands(project_metadata: Any) -> None:
     group.commands.setdefault("telemetry", telemetry)
 
 
-def _remove_commands() -> None:
-    """Remove them where they would come before those of a project or a plugin."""
+def _remove_command() -> None:
+    """Remove `kedro telemetry` where click would find it before another one.
+
+    Kedro 0.18 looks in its own group first, and later releases in that of a command
+    that ran outside of projects before.
+    """
     for group in _kedro_groups():
         if group.commands.get("telemetry") is telemetry:
             del group.commands["telemetry"]
@@ -1152,6 +1167,7 @@ if __name__ == "__main__":
     from kedro.framework.cli import main
     from kedro.framework.cli.hooks import get_cli_hook_manager
 
+    # A vendored copy has no entry point, so Kedro does not know its hook.
     get_cli_hook_manager().register(telemetry_hook)
     if not IS_VENDORED:
         sys.argv[0] = "kedro"  # for click's usage

@@ -465,7 +465,7 @@ CONSTANTS = [
     ("MODULE", "kedro_telemetry", "The name of an installed copy."),
     ("IS_VENDORED", False, "An installed copy is not vendored."),
     ("COMMAND", "kedro telemetry", MESSAGE),
-    ("SHOWN_COMMAND", "kedro info", MESSAGE),
+    ("EXAMPLE_COMMAND", "kedro info", MESSAGE),
     (
         "NOTICE",
         "\n"
@@ -1386,6 +1386,14 @@ def test_after_a_grant_there_is_no_notice(user, heap, capfd):
 
 def test_where_standard_error_is_closed_the_event_is_sent(heap, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
+    assert send_telemetry_event("x") is True
+
+
+def test_where_standard_error_is_no_longer_open_the_event_is_sent(
+    heap, tmp_path, monkeypatch
+):
+    with open(tmp_path / "errors", "w") as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
     assert send_telemetry_event("x") is True
 
 
@@ -2807,6 +2815,15 @@ def test_a_decision_in_a_read_only_file_stays(config):
         f"Error: Nothing has changed: {file} is read-only; set DO_NOT_TRACK instead\n"
     )
     assert (done.exit_code, done.output, file.read_text()) == (1, told, YES)
+
+
+@posix
+def test_an_error_names_the_file_that_the_user_knows(config, monkeypatch):
+    config.mkdir(parents=True)
+    error = PermissionError(13, "Permission denied", f"{config}/.temporary")
+    monkeypatch.setattr(os, "replace", Mock(side_effect=error))
+    told = f"Error: Nothing has changed: {config / '.telemetry'}: Permission denied\n"
+    assert run("telemetry enable").output == told
 
 
 def test_a_decision_that_is_no_file_stays(config):
