@@ -803,6 +803,14 @@ def test_a_command_that_kedro_never_ended_is_not_taken_for_another_projects(
     assert heap.project_ids == {ROCKETS}
 
 
+@pytest.mark.parametrize("line", ["telemetry", "info"])
+def test_a_command_that_kedro_never_ended_is_over_with_the_next(line, project, heap):
+    kedro_cli.KedroCLI(project).main(["info"], standalone_mode=False)
+    assert run(line).exit_code == 0
+    load_catalogs(project)
+    assert heap.commands[-1] is None
+
+
 def test_pipelines_of_another_project_are_not_counted(project, other_project, heap):
     session = create_session(project)
     context = session.load_context()
@@ -1369,6 +1377,13 @@ def test_the_notice_is_shown_once_on_standard_error(heap, config, capfd):
         assert send_telemetry_event("x") is True
     assert capfd.readouterr() == ("", kedro_telemetry.NOTICE + "\n")
     assert (config / "telemetry.notice").read_bytes() == b""
+
+
+def test_the_notice_is_remembered_where_there_is_no_folder_yet(user, heap, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", "")
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert send_telemetry_event("x") is True
+    assert (user / ".config/kedro/telemetry.notice").exists()
 
 
 def test_the_notice_is_short():
@@ -2853,7 +2868,9 @@ def test_help_names_the_variables_and_the_documentation():
     output = run("telemetry --help").output
     for words in ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY", DOCUMENTATION):
         assert words in output
-    commands = re.findall(r"^  (\w+)  ", output.partition("Commands:")[2], re.MULTILINE)
+    commands = re.findall(
+        r"^  ([a-z]+)", output.partition("Commands:")[2], re.MULTILINE
+    )
     assert commands == ["disable", "enable", "status"]
     assert max(map(len, output.splitlines())) <= 80
     assert run("telemetry -h").output == output
