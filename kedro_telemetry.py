@@ -933,9 +933,9 @@ def _hash_links(paths: DefaultVerifyPaths) -> list[str]:
     if paths.capath is None:
         return []
     is_hash_link = re.compile(r"[0-9a-f]{8}\.\d+").fullmatch
-    files = Path(paths.capath).iterdir()
-    # A dangling symlink is not a file.
-    return [file.name for file in files if is_hash_link(file.name) and file.is_file()]
+    with os.scandir(paths.capath) as files:
+        links = [file for file in files if is_hash_link(file.name)]
+    return [link.name for link in links if link.is_file()]  # not a dangling symlink
 
 
 _back_off_start = 0.0  # of this process, for where no file can be written
