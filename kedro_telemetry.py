@@ -305,7 +305,8 @@ def _may_send(decision: bool | None, project_path: Path | None) -> bool:
     """Return whether consent and the back-off allow an event; print or log why not."""
     if decision is False:
         if _is_debug_mode():
-            reason = _find_consent(project_path).reason  # Kedro's tests patch it away
+            # Looked up again, as Kedro's tests patch what tells the decision alone.
+            reason = _find_consent(project_path).reason
             click.echo(f"kedro-telemetry sends nothing: {reason}", err=True)
         return False
     if _back_off_end() is None or _is_debug_mode():
