@@ -1,11 +1,14 @@
 """Anonymised usage telemetry for Kedro: one event per command or session.
 
 The module follows the life of an event. Kedro calls the hooks, which pass the event to
-`_send`, the only way to send one. The sections below it are the steps that an event
-takes: consent, identity, properties, masking, post and files. The commands come last.
-What only an event needs is imported where it is used, so that loading the plugin costs
-next to nothing.
+`_send`, the only way out. Below it stand the parts that an event passes through, in
+this order: files, the project, consent, the notice, identity, properties, masking and
+the post. The commands come last.
 """
+
+# Imports inside of functions keep Kedro's start fast: what only an event needs is
+# imported when there is one.
+# ruff: noqa: PLC0415
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,38 +31,35 @@ import click
 from pluggy import HookimplMarker
 
 if TYPE_CHECKING:
-    from ssl import DefaultVerifyPaths, SSLContext
+    from http.client import HTTPSConnection
+    from ssl import SSLContext
 
 __version__ = "1.0.0"
 
 ENDPOINT = "https://heapanalytics.com/api/track"
 APP_ID = "2388822444"
 DOCUMENTATION = "https://docs.kedro.org/en/stable/about/telemetry/"
-DEADLINE = 2.0  # seconds to wait for a post
-BACK_OFF = 3600.0  # seconds without posts after one that had no answer in time
+DEADLINE = 2.0  # seconds that a command waits for a post
+BACK_OFF = 3600.0  # seconds without posts after one that took long and had no answer
 LARGEST_FILE = 2**20  # bytes
 LONGEST_TEXT = 1023  # characters that Heap accepts in a key or a value
-LARGEST_NUMBER = 1e308  # inf and nan, which JSON cannot express, go as text
-
-MODULE = __spec__.name if __spec__ else __name__
-IS_VENDORED = MODULE != "kedro_telemetry"  # such a copy reports sessions only
-COMMAND = f"python -m {MODULE}" if IS_VENDORED else "kedro telemetry"
-EXAMPLE_COMMAND = "kedro run" if IS_VENDORED else "kedro info"
+ACCEPTED = 200  # Heap's status for an event that it has taken
 
 NOTICE = f"""
 Kedro collects anonymised usage data to improve the product.
-See whether it is on here, and why:  {COMMAND}
-Opt out:    {COMMAND} disable, or set DO_NOT_TRACK
+See whether it is on here, and why:  kedro telemetry
+Opt out:    kedro telemetry disable, or set DO_NOT_TRACK
 Read more:  {DOCUMENTATION}"""
-STATUS_HELP = f"""
-See an event; nothing is sent:  KEDRO_TELEMETRY_DEBUG=1 {EXAMPLE_COMMAND}
-Opt out for all your projects:  {COMMAND} disable
-Opt in for all your projects:   {COMMAND} enable
-What is collected, and other ways to opt out:
-{DOCUMENTATION}"""
-NO_HOME = "there is no home folder to save it in"
 
 OPT_OUT_VARIABLES = ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY")
+# A line of a `.telemetry` file that grants consent, such as `consent: true`,
+# `CONSENT = yes` or `"consent": 'on'  # I agree`
+GRANT = r"""(?xia)            # ASCII alone: Unicode has another letter that equals s
+    (["']?) consent \1        # the word, in quotes or without
+    \s* [:=] \s*              # as in YAML, or as in a .env file
+    (["']?) (true|yes|on|y|1) \2
+    (\s+ \#.*)?               # a comment
+"""
 CI_VARIABLES = (
     "CI",
     "GITLAB_CI",
@@ -84,6 +84,13 @@ KEDRO_TOOLS = (
     "None",
 )
 PUBLIC_DATASETS = ("kedro.io.", "kedro_datasets.", "kedro_datasets_experimental.")
+# The type of a dataset in full, such as `kedro.io.MemoryDataset`,
+# `kedro_datasets.pandas.CSVDataset` or `kedro_datasets.pandas.csv_dataset.CSVDataset`
+PUBLIC_CLASS = r"""(?x)
+    (kedro\.io | kedro_datasets(?:_experimental)?\.\w+)   # the group
+    \. (?:(\w+)\.)?                                       # its module, often left out
+    (\w+)                                                 # the class
+"""
 PUBLIC_VALIDATORS = (
     "pandera",
     "pydantic",
@@ -94,11 +101,12 @@ PUBLIC_VALIDATORS = (
 CUSTOM = "custom"
 MASK = "*****"
 
-SESSION_PLUGIN = "kedro-telemetry-session"  # in the hook manager of a session
+PLUGIN_NAME = "kedro-telemetry"  # of this package and of its entry points
+SESSION_PLUGIN_NAME = "kedro-telemetry-session"  # in the hook manager of a session
 
-Properties = dict[str, Any]
+Properties = dict[str, Any]  # a value of None is left out of the event
 
-logger = logging.getLogger("kedro_telemetry")
+logger = logging.getLogger(__name__)
 _cli_hook = HookimplMarker("kedro_cli")
 _session_hook = HookimplMarker("kedro")
 
@@ -107,93 +115,107 @@ _session_hook = HookimplMarker("kedro")
 
 
 class KedroTelemetryHook:
-    """Reports each command and each session; it knows the current command only.
+    """Reports each command and each session. It knows only the current command.
 
-    No hook raises an error of its own, whatever it is given: it would end the command.
+    The hooks raise nothing: Kedro would end the user's command with a traceback.
     """
 
     def __init__(self) -> None:
-        self._command: _Activity | None = None
+        # pluggy takes a plugin's name from here. Where a project has a vendored copy in
+        # its HOOKS, pluggy then skips the entry point, which has the same name.
+        self.__name__ = PLUGIN_NAME
+        self._command: _Report | None = None  # None between commands
 
     @_cli_hook
     def before_command_run(self, project_metadata: Any, command_args: Any) -> None:
         """Remember the command, and add `kedro telemetry` before click looks it up."""
         self._command = None
-        with suppress(Exception):
+        with _log_failure("Reading the command"):
             words = [str(word) for word in command_args]
-            if words[:1] != ["telemetry"]:  # which is not itself reported
+            if words[:1] != ["telemetry"]:  # whoever opts out sends nothing by it
                 project_path = getattr(project_metadata, "project_path", None)
-                self._command = _Activity(words, project_path)
-            elif _has_other_telemetry(project_metadata):
-                _remove_command()
-                return
-            _add_command(project_metadata)
+                self._command = _Report(words, project_path)
+        with _log_failure("Adding kedro telemetry"):
+            _add_telemetry_command(is_in_project=project_metadata is not None)
 
     @_session_hook
     def after_context_created(self, context: Any) -> None:
-        """Register what reports the session with the session's own hook manager."""
-        with suppress(Exception):
-            if _environment_consent().decision is False:
-                return  # whoever has opted out should not even notice the hook
-            hook_manager = context._hook_manager
-            if hook_manager.has_plugin(SESSION_PLUGIN):
-                return  # the session has created a context before
-            activity = self._command
-            if activity is None or not activity.includes(context.project_path):
-                activity = _Activity(None, None)
-            reporter = _SessionReporter(activity, context.project_path)
-            hook_manager.register(reporter, SESSION_PLUGIN)
+        """Register what reports the session with the session's own hook manager.
+
+        The hook of a catalog does not say whose catalog it is. A web service has
+        sessions of several projects at once, and only the hook manager is a session's
+        own.
+        """
+        # CI jobs and clusters opt out by a variable, and should pay for nothing more.
+        if _environment_consent().decision is False:
+            return
+        with _log_failure("Reading the session"):
+            report = self._report_for(context.project_path)
+            hook_manager = getattr(context, "_hook_manager", None)
+            if hook_manager is None:  # a private name, which a later Kedro may not have
+                _log("The session has no hook manager")
+                report.send("Kedro Project Statistics")
+            elif not hook_manager.has_plugin(SESSION_PLUGIN_NAME):
+                # `kedro server start` creates a context for each request of a session.
+                hook_manager.register(report, SESSION_PLUGIN_NAME)
 
     @_cli_hook
     def after_command_run(self) -> None:
         """Report the command, unless a session of it has been reported."""
         command = self._command
         self._command = None
-        if command is not None:
-            # The command has ended: Ctrl-C ends the wait alone.
-            with suppress(KeyboardInterrupt):
-                command.report("CLI command", None)
+        if command is None:
+            return
+        try:
+            command.send("CLI command")
+        except KeyboardInterrupt:
+            # The command itself has ended, and Kedro must keep its exit status.
+            _log("Ctrl-C ended the wait for a post")
+
+    def _report_for(self, project_path: Path) -> _Report:
+        """Return the current command if a session at this path is its own."""
+        command = self._command
+        if command is None or not command.may_open_session(project_path):
+            return _Report(None, project_path)
+        # `kedro` outside of projects, such as a plugin's command with --project-path
+        command.project_path = command.project_path or project_path
+        return command
 
 
-class _SessionReporter:
-    """Reports one session, with whose hook manager it is registered."""
-
-    def __init__(self, activity: _Activity, project_path: Path) -> None:
-        self._activity = activity
-        self._project_path = project_path
-
-    @_session_hook(trylast=True)
-    def after_catalog_created(self, catalog: Any) -> None:
-        """Report the session when the user's own hooks have seen its catalog."""
-        self._activity.report("Kedro Project Statistics", self._project_path, catalog)
-
-
-class _Activity:
+class _Report:
     """What is reported once: a command with its sessions, or a session on its own.
 
-    It has no lock, as people copy and pickle sessions.
+    It has no lock, as people copy and pickle sessions, and with them their plugins.
     """
 
     def __init__(self, words: list[str] | None, project_path: Path | None) -> None:
-        self._words = words
-        self._project_path = project_path
-        self._is_reported = False
+        self.words = words  # None for a session on its own
+        self.project_path = project_path  # None outside of projects
+        self._is_sent = False
 
-    def includes(self, project_path: Path) -> bool:
-        """Return whether a session at a path can be of the command's own project.
-
-        A path without a project is taken for a mistake, as some plugins pass one.
-        """
-        if self._project_path in (None, project_path):
+    def may_open_session(self, project_path: Path) -> bool:
+        """Return whether a session at this path belongs to the command's project."""
+        if self.project_path is None:
             return True
+        if os.path.realpath(self.project_path) == os.path.realpath(project_path):
+            return True
+        # kedro-auto-catalog passes a package's name where Kedro takes a path.
         return not Path(project_path, "pyproject.toml").exists()
 
-    def report(self, name: str, project_path: Path | None, catalog: Any = None) -> None:
-        """Send one event for the command's project, or else for `project_path`."""
-        if not self._is_reported:
-            self._is_reported = True  # whether the event arrives or not
-            path = self._project_path or project_path
-            _send(_Event(name, path, self._words, catalog))
+    @_session_hook
+    def after_catalog_created(self, catalog: Any) -> None:
+        """Report the session with its catalog as Kedro made it.
+
+        pluggy calls this before the hooks of the user, which may add datasets, as it
+        was registered after them.
+        """
+        self.send("Kedro Project Statistics", catalog)
+
+    def send(self, event_name: str, catalog: Any = None) -> None:
+        """Send one event, the first time only, whether or not Heap receives it."""
+        if not self._is_sent:
+            self._is_sent = True
+            _send(_Event(event_name, self.project_path, self.words, catalog))
 
 
 telemetry_hook = KedroTelemetryHook()
@@ -216,15 +238,19 @@ def send_telemetry_event(
         project_path: The root of the project that the event belongs to, if any.
 
     Returns:
-        True if Heap accepted the event, and False otherwise. Nothing is raised, but
-        for what a signal handler of the process raises meanwhile.
+        True if Heap has accepted the event. The function waits for this for two
+        seconds at most, and raises nothing except what your own signal handlers raise.
     """
-    return _send(_Event(event_name, project_path, properties=properties))
+    own = {} if properties is None else properties
+    return _send(_Event(event_name, project_path, properties=own))
 
 
 def _check_for_telemetry_consent(project_path: Path | None) -> bool | None:
-    """Return True for granted, False for denied, or None. Kedro's tests patch this."""
-    return _find_consent(project_path).decision
+    """Return True for granted, False for denied, None if nobody has decided."""
+    return _find_consent(_Project(project_path)).decision
+
+
+_original_check = _check_for_telemetry_consent
 
 
 def _get_or_create_uuid() -> str:
@@ -240,11 +266,19 @@ def _get_heap_app_id() -> str:
 
 
 def _get_project_properties(user_uuid: str, project_path: Path | None) -> Properties:
-    """Return what every event tells, without `project_id` if consent is denied."""
-    properties = _base_properties(user_uuid, project_path)
-    if _check_for_telemetry_consent(project_path) is not False:
-        properties["project_id"] = _get_or_create_hashed_project_id(project_path)
-    return _for_heap(properties)
+    """Return the properties of every event, without `project_id` if consent is denied.
+
+    Kedro's extension for VS Code sends them, and may ask without consent.
+    """
+    project = _Project(project_path)
+    is_denied = _consent_for(project).decision is False
+    project_id = None if is_denied else _get_or_create_hashed_project_id(project)
+    return _for_heap(_base_properties(user_uuid, project, project_id))
+
+
+def _is_valid_syntax(telemetry: Any) -> bool:
+    """Return whether a parsed `.telemetry` decides; Kedro-Viz 7 to 9 ask this."""
+    return isinstance(telemetry, dict) and isinstance(telemetry.get("consent"), bool)
 
 
 def __getattr__(name: str) -> Any:
@@ -256,297 +290,646 @@ def __getattr__(name: str) -> Any:
     return ProjectMetadata
 
 
-# Other packages import from `kedro_telemetry.plugin` and `kedro_telemetry.api`.
+# Entry points and other packages import `kedro_telemetry.plugin` or `.api`. A copy in a
+# project takes these names, too, as Kedro imports the project's settings first: the
+# release that Kedro brings is then never imported. One that is already at work stays.
 plugin = api = sys.modules[__name__]
-sys.modules[f"{__name__}.plugin"] = plugin
-sys.modules[f"{__name__}.api"] = api
+if "kedro_telemetry.plugin" not in sys.modules:
+    sys.modules["kedro_telemetry"] = plugin
+    sys.modules["kedro_telemetry.plugin"] = plugin
+    sys.modules["kedro_telemetry.api"] = plugin
 
 
-# The one way to send an event
+# The one function that every event passes
 
 
 class _Event(NamedTuple):
-    """What an event is made of, once consent allows it."""
+    """What an event is made of."""
 
     name: str
-    project_path: Path | None
-    words: list[str] | None = None  # the arguments of the command, if there is one
-    catalog: Any = None  # of the session, if there is one
-    properties: Properties | None = None  # of another plugin
+    project_path: Path | None  # None outside of projects
+    words: list[str] | None = None  # the arguments of a command; None without one
+    catalog: Any = None  # of a session; None without one
+    properties: Properties | None = None  # of another plugin; None for Kedro's events
 
 
 def _send(event: _Event) -> bool:
-    """Send an event unless consent is denied; return True if Heap accepted it.
+    """Send an event unless consent is denied; return True if Heap has accepted it.
 
-    A failure costs the event, never the command. The wait stands outside of the `try`:
-    what a signal handler raises there belongs to the process.
+    A failure costs the event and never the command. The wait is outside of the `try`:
+    what a signal handler raises there, such as Ctrl-C, belongs to the process.
     """
     try:
-        if os.environ.get("_KEDRO_COMPLETE"):  # the user pressed TAB in a shell
+        if _is_shell_completion():
             return False
-        decision = _check_for_telemetry_consent(event.project_path)
-        if not _may_send(decision, event.project_path):
+        project = _Project(event.project_path)
+        consent = _consent_for(project)
+        if consent.decision is False:
+            _print_in_debug_mode(f"kedro-telemetry sends nothing: {consent.text}")
             return False
-        if decision is None:
-            _show_notice_once()
-        body = _create_body(event)
+        if _back_off_end() is not None and not _is_debug_mode():
+            _log("A post was left out, as the last one failed slowly")
+            return False
+        if consent.decision is None:
+            _show_notice()
+        body = _create_body(event, project)
         if _is_debug_mode():
             text = json.dumps(body, indent=2)
-            click.echo(f"kedro-telemetry would send:\n{text}", err=True)
+            _print_in_debug_mode(f"kedro-telemetry would send:\n{text}")
             return False
         post = _Post(body)
     except Exception as error:
         _log("An event was lost: %s", type(error).__name__)
         return False
-    return _wait_for(post)
+    return _start_and_wait_for(post)
 
 
-def _may_send(decision: bool | None, project_path: Path | None) -> bool:
-    """Return whether consent and the back-off allow an event; print or log why not."""
-    if decision is False:
-        if _is_debug_mode():
-            # Looked up again, as Kedro's tests patch what tells the decision alone.
-            reason = _find_consent(project_path).reason
-            click.echo(f"kedro-telemetry sends nothing: {reason}", err=True)
-        return False
-    if _back_off_end() is None or _is_debug_mode():
-        return True
-    _log("A post was left out, as the last one had no answer in time")
-    return False
+def _is_shell_completion() -> bool:
+    """Return whether the user has pressed TAB in a shell.
+
+    click names the variable after the program, such as `_KEDRO_COMPLETE`, or
+    `_KD_COMPLETE` for a script `kd` of the user's.
+    """
+    return any(
+        value and name.startswith("_") and name.endswith("_COMPLETE")
+        for name, value in os.environ.items()
+    )
 
 
 def _is_debug_mode() -> bool:
     return bool(os.environ.get("KEDRO_TELEMETRY_DEBUG"))
 
 
-def _show_notice_once() -> None:
-    """Print the notice, and remember in a file that the user has seen it."""
-    marker = _user_file("telemetry.notice")
-    if _is_ci_env() or (marker is not None and marker.exists()):
-        return
-    # Standard error may be full or closed. The notice is shown again next time.
-    with suppress(OSError, ValueError):
-        click.echo(NOTICE, err=True)
-        _write_empty(marker)
+def _print_in_debug_mode(text: str) -> None:
+    if _is_debug_mode():
+        click.echo(text, err=True)
 
 
 def _log(message: str, *args: object) -> None:
-    """Log at DEBUG, for auditors. RichHandler must not read brackets as markup."""
-    # SystemExit: RichHandler raises it where standard output is closed.
-    with suppress(Exception, SystemExit):
+    """Log at DEBUG, which nobody sees who has not asked for it."""
+    # Kedro's RichHandler reads brackets as markup unless told otherwise, and raises
+    # SystemExit where standard output is closed (`kedro run | head`).
+    try:
         logger.debug(message, *args, extra={"markup": False})
+    except (Exception, SystemExit):
+        return
 
 
-# Consent
+@contextmanager
+def _log_failure(what: str) -> Iterator[None]:
+    """Log an exception instead of raising it, by its type: its text may hold a path."""
+    try:
+        yield
+    except Exception as error:
+        _log("%s failed: %s", what, type(error).__name__)
+
+
+# Files: what all parts below read and write
+
+
+def _user_file(name: str) -> Path:
+    """Return a path in the user's configuration folder for Kedro.
+
+    Raises OSError if the user has no home folder, as some services have none.
+    """
+    if sys.platform == "win32":
+        folder = os.path.join(os.environ.get("LOCALAPPDATA", ""), "kedro")
+    elif sys.platform == "darwin":
+        folder = os.path.expanduser("~/Library/Application Support")
+    else:
+        folder = os.environ.get("XDG_CONFIG_HOME", "")
+        if not os.path.isabs(folder):  # counts as unset by the XDG specification
+            folder = os.path.expanduser("~/.config")
+    if not os.path.isabs(folder):
+        raise OSError("there is no home folder")
+    return Path(folder, "kedro", name)
+
+
+def _read(path: Path) -> bytes | None:
+    """Return the content of a file, or None if there is none. OSError if unreadable."""
+    try:
+        os.lstat(path)  # which finds a dangling symlink, too
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    # To read a pipe could block for ever.
+    if not path.is_file() or path.stat().st_size > LARGEST_FILE:
+        raise OSError("not a file, or too large")
+    return path.read_bytes()
+
+
+def _parse_toml(content: bytes) -> Properties:
+    """Return a TOML document. Raises ValueError if it is not one, or not UTF-8."""
+    import tomllib
+
+    try:
+        return tomllib.loads(content.decode())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _table(document: Properties, *names: str) -> Properties:
+    """Return the table at the path `names` in a TOML document, or {} for none."""
+    found: Any = document
+    for name in names:
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _replace(path: Path, old: bytes | None, new: bytes) -> None:
+    """Replace a file in one step, if it still holds `old` (None: if there is none).
+
+    A disk may be full, and an editor may save the file at the same moment. Owner, mode,
+    access lists, attributes and symbolic links stay. Raises OSError if the file has
+    changed, is read-only or cannot be replaced.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
+    try:
+        with open(temporary, "xb") as file:
+            if old is not None:
+                _copy_metadata(target, temporary)
+            file.write(new)
+            file.flush()
+            os.fsync(file.fileno())
+        if _read(target) != old:
+            raise OSError("changed meanwhile")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _copy_metadata(source: Path, target: Path) -> None:
+    """Copy owner, mode, access lists and attributes. Raises OSError if not possible."""
+    from shutil import copystat
+
+    found = source.stat()
+    made = target.stat()
+    # Root may write to a read-only file, too, but its owner has locked it.
+    if not (found.st_mode & 0o222 and os.access(source, os.W_OK)):
+        raise PermissionError("read-only")
+    if (found.st_uid, found.st_gid) != (made.st_uid, made.st_gid):
+        os.chown(target, found.st_uid, found.st_gid)
+    # Mounted drives (WSL, Azure Files) refuse to change a mode.
+    with _log_failure("Copying the mode of a file"):
+        copystat(source, target)
+
+
+def _write_empty(path: Path) -> None:
+    """Put a new empty file at `path`, also where a `sudo kedro` has left root's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.touch()
+
+
+# The project: one record for an event, as consent, ids and properties see it
+
+
+class _Pyproject(NamedTuple):
+    """The file `pyproject.toml` of a project, and the document in it."""
+
+    path: Path
+    content: bytes | None  # None if there is no such file, or it is unreadable
+    document: Properties
+    is_broken: bool = False  # there is a file that cannot be read or parsed
+
+
+class _Project:
+    """A project, or a folder without one; its file is read once, when it is needed.
+
+    After a denial by a variable or a `.telemetry`, it is not read at all.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path  # None outside of projects
+        self._pyproject: _Pyproject | None = None  # None until it is needed
+
+    @property
+    def pyproject(self) -> _Pyproject:
+        if self._pyproject is None:
+            self._pyproject = _read_pyproject(self.path)
+        return self._pyproject
+
+    @property
+    def kedro_table(self) -> Properties:
+        """What Kedro itself reads of `pyproject.toml`."""
+        return _table(self.pyproject.document, "tool", "kedro")
+
+    @property
+    def package(self) -> str | None:
+        """The name of the project's package, None if it declares none."""
+        name = self.kedro_table.get("package_name")
+        return name if isinstance(name, str) else None
+
+    @property
+    def package_folder(self) -> Path:
+        """Where the project has its package, such as `spaceships/src/spaceships`."""
+        source = os.path.expanduser(str(self.kedro_table.get("source_dir", "src")))
+        return Path(self.path or "", source, *str(self.package).split("."))
+
+
+def _read_pyproject(project_path: Path | None) -> _Pyproject:
+    """Read `pyproject.toml`. Outside of projects there is none."""
+    if project_path is None:
+        return _Pyproject(Path(), None, {})
+    path = Path(project_path, "pyproject.toml")
+    try:
+        content = _read(path)
+        return _Pyproject(path, content, _parse_toml(content or b""))
+    except (OSError, ValueError) as error:
+        _log("Reading pyproject.toml failed: %s", type(error).__name__)
+        return _Pyproject(path, None, {}, is_broken=True)
+
+
+def _loaded_package() -> str | None:
+    """Return the package of the project that Kedro has loaded last, if any."""
+    project = sys.modules.get("kedro.framework.project")
+    return getattr(project, "PACKAGE_NAME", None)
+
+
+def _is_imported(project: _Project) -> bool:
+    """Return whether this process has imported a project's package from its folder."""
+    package = sys.modules.get(project.package or "")
+    folders = [os.path.realpath(folder) for folder in getattr(package, "__path__", [])]
+    return os.path.realpath(project.package_folder) in folders
+
+
+def _is_running(project: _Project) -> bool:
+    """Return whether the code that runs is that of the project at this path.
+
+    A packaged project takes the current directory for its own, which may be the root
+    of another project. A package whose import has failed is meant all the same.
+    """
+    if project.package is None or project.package in sys.modules:
+        return _is_imported(project)
+    return _loaded_package() in (None, project.package)
+
+
+# Consent: whether anything may be sent at all. Anyone can deny it
 
 
 class _Consent(NamedTuple):
-    """A decision (True for granted, False for denied, or None) and its reason."""
+    """A decision (True for granted, False for denied, None for none) and its reason."""
 
     decision: bool | None
     reason: str
+    path: Path | None = None  # the file that the reason is about; None for no file
+
+    @property
+    def text(self) -> str:
+        """The reason; a path is on a line of its own, as it may be long."""
+        return self.reason if self.path is None else f"{self.reason}:\n{self.path}"
 
 
 NO_DECISION = _Consent(None, "on by default: nobody has opted in or out")
 
 
-def _find_consent(project_path: Path | None) -> _Consent:
+def _consent_for(project: _Project) -> _Consent:
+    """Return the consent for an event, looked up once.
+
+    Kedro's own tests replace `_check_for_telemetry_consent`, whose answer then counts.
+    """
+    if _check_for_telemetry_consent is _original_check:
+        return _find_consent(project)
+    return _Consent(_check_for_telemetry_consent(project.path), "as a test says")
+
+
+def _find_consent(project: _Project) -> _Consent:
     """Return the first denial of all sources, or else the first grant."""
     grant = NO_DECISION
-    for consent in _consent_sources(project_path):
-        if consent.decision is False:
-            return consent
-        if grant.decision is None:
-            grant = consent
+    try:
+        for consent in _consent_sources(project):
+            if consent.decision is False:
+                return consent
+            if grant.decision is None:
+                grant = consent
+    except Exception as error:  # what cannot be found out is a no
+        return _Consent(False, f"it cannot be found out: {type(error).__name__}")
     return grant
 
 
-def _consent_sources(project_path: Path | None) -> Iterator[_Consent]:
-    """Yield what each source decides. Add a new way to opt out here."""
+def _consent_sources(project: _Project) -> Iterator[_Consent]:
+    """Yield what each source decides, the quickest first. Add a new source here."""
     yield _environment_consent()
-    yield _settings_consent(project_path)
-    yield _file_consent(_user_file(".telemetry"))
-    with suppress(OSError):  # the current directory has been deleted
-        yield from _folder_consents(Path.cwd())
-    if project_path is not None:
-        yield from _folder_consents(Path(project_path))
-
-
-def _folder_consents(folder: Path) -> Iterator[_Consent]:
-    for place in [folder, *folder.parents]:
-        yield _file_consent(place / ".telemetry")
+    for path in _consent_files(project.path):
+        yield _file_consent(path)
+    if project.pyproject.is_broken:  # it names the package whose settings may deny
+        yield _Consent(False, "this file cannot be read", project.pyproject.path)
+    for package, folder in _settings_places(project):
+        yield _settings_consent(package, folder)
 
 
 def _environment_consent() -> _Consent:
     for name in OPT_OUT_VARIABLES:
-        if name in os.environ:  # to any value, even an empty one
+        if name in os.environ:  # to any value: some set it to nothing, or to false
             return _Consent(False, f"{name} is set")
     if os.environ.get("GITHUB_REPOSITORY_OWNER") == "kedro-org":  # Kedro's own CI
         return _Consent(False, "GITHUB_REPOSITORY_OWNER is kedro-org")
     return NO_DECISION
 
 
-def _settings_consent(project_path: Path | None) -> _Consent:
-    """Return what `settings.py` decides, in a project that Kedro has loaded."""
-    package = _loaded_package(project_path)
-    if package is None:
-        return NO_DECISION
-    module = f"{package}.settings"
-    try:
-        if module not in sys.modules:
-            return _missing_settings_consent(package, module)
-        settings = vars(sys.modules[module])
-        for name in OPT_OUT_VARIABLES:
-            if name in settings:
-                return _Consent(False, f"{name} is set in {module}")
-        plugins = settings.get("DISABLE_HOOKS_FOR_PLUGINS", ())
-        names = [plugins] if isinstance(plugins, str) else plugins
-        if any(re.search("kedro[-_. ]*telemetry", str(name), re.I) for name in names):
-            return _Consent(False, f"DISABLE_HOOKS_FOR_PLUGINS is set in {module}")
-    except Exception:  # settings that cannot be read may deny consent
-        return _Consent(False, f"{module} could not be read")
-    return NO_DECISION
+def _consent_files(project_path: Path | None) -> Iterable[Path]:
+    """Return where a `.telemetry` counts.
+
+    0.9.0's notice told people to put it into the current directory. No folder above is
+    looked at: in an automounter's (`/home`, `/net`) that can take a minute.
+    """
+    paths = []
+    with _log_failure("Finding the home folder"):
+        paths.append(_user_file(".telemetry"))
+    with _log_failure("Finding the current directory"):  # somebody may have deleted it
+        paths.append(Path.cwd() / ".telemetry")
+    if project_path is not None:
+        paths.append(Path(project_path, ".telemetry"))
+    return dict.fromkeys(paths)  # each once, as most commands run in the project's root
 
 
-def _missing_settings_consent(package: str, module: str) -> _Consent:
-    """Deny where Kedro has ignored settings that it could not import."""
-    from importlib.util import find_spec
-
-    if package != _loaded_package(None):  # Kedro has not loaded this project
-        return NO_DECISION
-    # Where the package itself could not be imported, find_spec would try it again.
-    if package in sys.modules and find_spec(module) is None:
-        return NO_DECISION
-    return _Consent(False, f"{module} could not be imported")
-
-
-def _file_consent(path: Path | None) -> _Consent:
+def _file_consent(path: Path) -> _Consent:
     """Return what a `.telemetry` file decides; one that cannot be read denies."""
     try:
+        # Windows PowerShell 5 writes a byte order mark.
         decision = _parse_consent((_read(path) or b"").decode("utf-8-sig"))
-    except (OSError, UnicodeDecodeError):
-        return _Consent(False, f"{path} cannot be read")
+    except (OSError, ValueError):
+        return _Consent(False, "this file cannot be read", path)
     if decision is None:
         return NO_DECISION
     verb = "grants" if decision else "denies"
-    return _Consent(decision, f"{path} {verb} consent")
+    return _Consent(decision, f"this file {verb} consent", path)
 
 
 def _parse_consent(text: str) -> bool | None:
     """Return True if all that a text says is `consent: true`, None if it says nothing.
 
-    Anything else denies. Blank lines and lines that start with `#` say nothing.
+    Anything else denies, such as a merge conflict, or the `DO_NOT_TRACK=1` that someone
+    wrote into a `.telemetry`. Blank lines and comments say nothing.
     """
-    lines = [line for line in text.splitlines() if line.strip() and line[0] != "#"]
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         return None
-    # Such as `consent: true`, `CONSENT = yes` or `"consent": 'on'  # I agree`
-    grant = r"""(["']?)consent\1\s*[:=]\s*(["']?)(true|yes|on|y|1)\2(\s+#.*)?"""
-    return all(re.fullmatch(grant, line.rstrip(), re.I | re.A) for line in lines)
+    return all(re.fullmatch(GRANT, line) for line in lines)
 
 
-# Identity
+def _settings_places(project: _Project) -> Iterable[tuple[str, str]]:
+    """Return the packages whose settings count, each with a folder that has it.
+
+    They are those of the project at the path, and of the one that Kedro has loaded: a
+    packaged project may run in the folder of another. A web service that has imported
+    both projects keeps them apart.
+    """
+    places = []
+    if project.package is not None:
+        places.append((project.package, os.path.realpath(project.package_folder)))
+    loaded = _loaded_package()
+    if loaded is not None and not _is_imported(project):
+        for folder in _package_folders(loaded):
+            places.append((loaded, os.path.realpath(folder)))
+    return dict.fromkeys(places)
+
+
+def _package_folders(package: str) -> list[Path]:
+    """Return where a package lies, without importing it."""
+    from importlib.util import find_spec
+
+    if package in sys.modules:
+        return [
+            Path(folder) for folder in getattr(sys.modules[package], "__path__", [])
+        ]
+    # Its own `__init__.py` has failed. find_spec("a.b") would import `a`.
+    top, *names = package.split(".")
+    spec = find_spec(top)
+    roots = spec.submodule_search_locations if spec else None
+    return [Path(root, *names) for root in roots or []]
+
+
+def _settings_consent(package: str, folder: str) -> _Consent:
+    """Return what `settings.py` decides, by its names or else by its source.
+
+    Kedro's extension for VS Code and kedro-skills ask in processes that load no
+    project, and Kedro goes on without settings whose import has failed.
+    """
+    module = sys.modules.get(f"{package}.settings")
+    file = getattr(module, "__file__", None)
+    if file and Path(os.path.realpath(file)).is_relative_to(folder):
+        return _consent_of_names(vars(module), Path(file))
+    for path in (Path(folder, "settings.py"), Path(folder, "settings", "__init__.py")):
+        consent = _consent_of_source(path)
+        if consent.decision is False:
+            return consent
+    return NO_DECISION
+
+
+def _consent_of_names(names: Properties, path: Path) -> _Consent:
+    """Return what the names of settings decide that Kedro has imported."""
+    for variable in OPT_OUT_VARIABLES:
+        if variable in names:  # people write it here as if it were the variable
+            return _Consent(False, f"this file names {variable}", path)
+    plugins = names.get("DISABLE_HOOKS_FOR_PLUGINS", ())
+    if isinstance(plugins, str):  # ("kedro-telemetry") without a comma
+        plugins = (plugins,)
+    # Nothing else is read: Kedro could not read a generator again.
+    is_doubtful = not isinstance(plugins, (list, tuple, set, frozenset))
+    if is_doubtful or any(_may_name_this_plugin(plugin) for plugin in plugins):
+        return _Consent(False, "this file names DISABLE_HOOKS_FOR_PLUGINS", path)
+    return NO_DECISION
+
+
+def _consent_of_source(path: Path) -> _Consent:
+    """Return what the source of settings decides, which is not run. Doubt is a no."""
+    try:
+        source = _parse_source(_read(path) or b"")
+    except Exception:  # it is unreadable, or not the Python of this version
+        return _Consent(False, "this file cannot be read", path)
+    for variable in OPT_OUT_VARIABLES:
+        if variable in source.words:
+            return _Consent(False, f"this file names {variable}", path)
+    switch = "DISABLE_HOOKS_FOR_PLUGINS"
+    is_disabled = any(_may_name_this_plugin(text) for text in source.texts)
+    if switch in source.imports or (switch in source.words and is_disabled):
+        return _Consent(False, f"this file names {switch}", path)
+    if "*" in source.imports:  # nobody knows which names that brings
+        return _Consent(False, "this file imports *", path)
+    return NO_DECISION
+
+
+def _may_name_this_plugin(plugin: object) -> bool:
+    """Return whether a plugin that Kedro disables is this one, or cannot be told.
+
+    Names are compared as packaging normalises them: `kedro_telemetry` is this plugin
+    and `kedro-telemetry-extras` another one. Somebody may write several into one text.
+    """
+    if not isinstance(plugin, str):
+        return True
+    names = re.findall(r"[\w.-]+", plugin)
+    return any(re.sub("[-_.]+", "-", name).lower() == PLUGIN_NAME for name in names)
+
+
+class _Source(NamedTuple):
+    """What a file of Python names."""
+
+    words: set[str]  # all names, and all words in texts
+    texts: set[str]
+    imports: set[str]  # the names that it imports, under both of their names
+
+
+def _parse_source(content: bytes) -> _Source:
+    """Return what a file of Python names. Raises what `ast.parse` raises."""
+    import ast
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as of "\d", which are the user's to see
+        tree = ast.parse(content)
+    source = _Source(set(), set(), set())
+    for node in ast.walk(tree):
+        # The names of a node are texts or lists of texts among its fields.
+        fields = chain.from_iterable(
+            field if isinstance(field, list) else [field]
+            for field in vars(node).values()
+        )
+        texts = [text for text in fields if isinstance(text, str)]
+        source.words.update(re.findall(r"\w+", " ".join(texts)))
+        if isinstance(node, ast.alias):
+            source.imports.update(texts)
+        if isinstance(node, ast.Constant):
+            source.texts.update(texts)
+    return source
+
+
+# The notice: for those who have not decided
+
+
+def _show_notice() -> None:
+    """Print the notice until somebody has seen it.
+
+    On CI machines nobody does, and Azure Pipelines may fail a job for it.
+    """
+    if _is_ci_env() or _was_notice_seen():
+        return
+    with _log_failure("Showing the notice"):  # standard error may be full or closed
+        click.echo(NOTICE, err=True)
+        if _is_seen_by_somebody():
+            _write_empty(_user_file("telemetry.notice"))
+
+
+def _was_notice_seen() -> bool:
+    try:
+        return _user_file("telemetry.notice").exists()
+    except OSError:  # there is no home folder
+        return False
+
+
+def _is_seen_by_somebody() -> bool:
+    """Return whether standard error is shown in a terminal or a Jupyter notebook.
+
+    It is not in a scheduler's job, or after `2> /dev/null`.
+    """
+    stream = sys.stderr
+    if stream is None:  # pythonw and services have none
+        return False
+    return stream.isatty() or type(stream).__module__.startswith("ipykernel.")
+
+
+# Identity: random numbers that say which events belong together
 
 
 def _get_or_create_identity() -> str:
     """Return the user's UUID, created if there is none; "" if it cannot be stored."""
     from uuid import uuid4
 
-    path = _user_file("telemetry.toml")
-    with suppress(OSError):  # it cannot be read or written, or another was faster
+    with _log_failure("Storing the identity"):
+        path = _user_file("telemetry.toml")
         content = _read(path)
-        # A throw-away machine is not a new user.
-        if not _uuid_in(_parse_toml(content)) and not _is_ci_env():
-            _replace(path, content, f'[telemetry]\nuuid = "{uuid4().hex}"\n'.encode())
-    return _uuid_in(_read_toml(path))
+        identity = _uuid_in(content)
+        if identity or _is_ci_env():  # a throw-away container is no new user
+            return identity
+        _replace(path, content, f'[telemetry]\nuuid = "{uuid4().hex}"\n'.encode())
+    return _stored_identity()  # another process may have been faster
 
 
-def _uuid_in(document: Properties) -> str:
+def _stored_identity() -> str:
+    """Return the user's UUID, or "" if none is stored."""
+    with _log_failure("Reading the identity"):
+        return _uuid_in(_read(_user_file("telemetry.toml")))
+    return ""
+
+
+def _uuid_in(content: bytes | None) -> str:
     """Return the UUID in `telemetry.toml` as 32 hex digits, or "" if none is valid."""
     from uuid import UUID
 
     try:
+        document = _parse_toml(content or b"")
         return UUID(str(_table(document, "telemetry").get("uuid"))).hex
     except ValueError:
         return ""
 
 
-def _get_or_create_hashed_project_id(project_path: Path | None) -> str | None:
-    """Return the hash of the project's id and package, or None if it has no id."""
+def _get_or_create_hashed_project_id(project: _Project) -> str | None:
+    """Return the hash of a project's id and package, None if the project has no id."""
     from hashlib import sha512
 
-    pyproject = _pyproject(project_path)
-    with suppress(OSError):  # it cannot be read or written, or another was faster
-        content = _read(pyproject)
-        edited = _with_project_id(content or b"")
-        if edited is not None and not _is_ci_env():  # whose checkout must not change
-            _replace(pyproject, content, edited)
-    project_id = _project_id_in(_read_toml(pyproject))
+    pyproject = project.pyproject
+    project_id = _project_id_in(pyproject)
+    if project_id is None and not _is_ci_env():  # whose checkout must not change
+        with _log_failure("Storing a project id"):
+            _add_project_id(pyproject)
+            # Another process may have been faster.
+            project_id = _project_id_in(_read_pyproject(project.path))
     if project_id is None:
         return None
-    package = _loaded_package(project_path) or "undefined_package_name"
+    # 0.9.0 hashes the name of the package that Kedro has loaded, or this word. A web
+    # service may have loaded another project since, so the declared name comes first.
+    loaded = _loaded_package()
+    package = "undefined_package_name" if loaded is None else project.package or loaded
     return sha512(f"{project_id}{package}".encode()).hexdigest()
 
 
-def _project_id_in(document: Properties) -> Any:
-    """Return the id in a Kedro project's `pyproject.toml`, of any type, or None."""
-    tool = _table(document, "tool")
+def _project_id_in(pyproject: _Pyproject) -> Any:
+    """Return the id of a Kedro project, of any type; None if there is none."""
+    tool = _table(pyproject.document, "tool")
     if "kedro" not in tool:
         return None
     return _table(tool, "kedro_telemetry").get("project_id")
 
 
-def _with_project_id(content: bytes) -> bytes | None:
-    """Return `pyproject.toml` with a new id in a table at its end.
+def _add_project_id(pyproject: _Pyproject) -> None:
+    """Write a new id into a table at the end of a Kedro project's `pyproject.toml`.
 
-    None if it has such a table, is not of a Kedro project or would not parse.
+    A file that has such a table, or would not parse with it, stays as it is. Raises
+    OSError if it cannot be replaced.
     """
     from uuid import uuid4
 
-    if "kedro_telemetry" in _table(_parse_toml(content), "tool"):
-        return None
-    project_id = uuid4().hex
-    newline = "\r\n" if b"\r\n" in content else "\n"
-    gap = newline if content.endswith(b"\n") else newline * 2
-    table = f'[tool.kedro_telemetry]{newline}project_id = "{project_id}"{newline}'
-    edited = content + f"{gap}{table}".encode()
-    return edited if _project_id_in(_parse_toml(edited)) == project_id else None
+    tool = _table(pyproject.document, "tool")
+    if pyproject.content is None or "kedro" not in tool or "kedro_telemetry" in tool:
+        return
+    newline = "\r\n" if b"\r\n" in pyproject.content else "\n"
+    gap = newline if pyproject.content.endswith(b"\n") else newline * 2
+    lines = ("[tool.kedro_telemetry]", f'project_id = "{uuid4().hex}"', "")
+    edited = pyproject.content + (gap + newline.join(lines)).encode()
+    _parse_toml(edited)  # raises where `tool = {...}` takes no more tables
+    _replace(pyproject.path, pyproject.content, edited)
 
 
-def _pyproject(project_path: Path | None) -> Path | None:
-    return None if project_path is None else Path(project_path, "pyproject.toml")
+# Properties: what an event reports
 
 
-def _loaded_package(project_path: Path | None) -> str | None:
-    """Return the package of a project, or None if Kedro has loaded no project.
-
-    Kedro keeps only the name of the project that it loaded last, but a process may have
-    sessions of several, so what `pyproject.toml` declares comes first.
-    """
-    last = getattr(sys.modules.get("kedro.framework.project"), "PACKAGE_NAME", None)
-    if last is None:
-        return None
-    declared = _kedro_table(project_path).get("package_name")
-    return declared if isinstance(declared, str) else last
-
-
-# Properties
-
-
-def _create_body(event: _Event) -> Properties:
+def _create_body(event: _Event, project: _Project) -> Properties:
     """Return an event as Heap receives it, and create the ids that are missing."""
     from datetime import UTC, datetime
 
+    # Kedro's events are of the code that runs. A plugin says itself whose its event is.
+    if event.properties is None and not _is_running(project):
+        project = _Project(None)
     identity = _get_or_create_identity()
+    project_id = _get_or_create_hashed_project_id(project)
     properties = dict(event.properties or {})
     if event.words is not None:
-        masked = _mask(event.words)
-        properties["command"] = " ".join(["kedro", *masked])
-        properties["main_command"] = masked[0] if masked else "kedro"
+        properties |= _command_properties(event.words)
     if event.catalog is not None:
-        properties |= _project_statistics(event.catalog, event.project_path)
-    properties |= _base_properties(identity, event.project_path)
-    properties["project_id"] = _get_or_create_hashed_project_id(event.project_path)
+        properties |= _session_properties(event.catalog, project)
+    properties |= _base_properties(identity, project, project_id)
     return {
         "app_id": _get_heap_app_id(),
         "event": str(event.name)[:LONGEST_TEXT],
@@ -557,20 +940,28 @@ def _create_body(event: _Event) -> Properties:
 
 
 def _for_heap(properties: Properties) -> Properties:
-    """Convert values to what Heap accepts: short strings, numbers and booleans."""
+    """Return properties with values that Heap takes. One that has none is left out."""
     accepted: Properties = {}
     for key, value in properties.items():
-        if isinstance(value, (int, float)) and abs(value) < LARGEST_NUMBER:
-            accepted[str(key)[:LONGEST_TEXT]] = value
-        elif value is not None:
-            accepted[str(key)[:LONGEST_TEXT]] = str(value)[:LONGEST_TEXT]
+        if value is None:
+            continue
+        with _log_failure("Converting a property"):  # such as an int of 10,000 digits
+            accepted[str(key)[:LONGEST_TEXT]] = _heap_value(value)
     return accepted
 
 
-def _base_properties(user_uuid: str, project_path: Path | None) -> Properties:
-    """Return what every event tells, but for `project_id`. Add a new property here."""
-    kedro_table = _kedro_table(project_path)
-    example = kedro_table.get("example_pipeline")  # a boolean, or its text
+def _heap_value(value: object) -> str | float:
+    """Return a number or a boolean as it is, and anything else as a short text."""
+    if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
+        return value
+    return str(value)[:LONGEST_TEXT]  # also inf and nan, which JSON does not have
+
+
+def _base_properties(
+    user_uuid: str, project: _Project, project_id: str | None
+) -> Properties:
+    """Return the properties of every event. Add a new one here."""
+    example = project.kedro_table.get("example_pipeline")  # a boolean, or its text
     return {
         "username": user_uuid,
         "project_version": _kedro_version(),
@@ -578,17 +969,16 @@ def _base_properties(user_uuid: str, project_path: Path | None) -> Properties:
         "python_version": sys.version,
         "os": sys.platform,
         "is_ci_env": _is_ci_env(),
-        "tools": _public_tools(kedro_table.get("tools", "")),
+        "tools": _public_tools(project.kedro_table.get("tools", "")),
         "example_pipeline": example if str(example) in ("True", "False") else None,
+        "project_id": project_id,
     }
 
 
-def _kedro_table(project_path: Path | None) -> Properties:
-    return _table(_read_toml(_pyproject(project_path)), "tool", "kedro")
-
-
 def _kedro_version() -> str | None:
-    with suppress(Exception):  # Kedro may raise a warning on a Python that is too new
+    """Return the version of Kedro, None if Kedro cannot be imported."""
+    # Kedro raises a warning on a Python that is newer than itself.
+    with _log_failure("Importing Kedro"):
         from kedro import __version__ as version
 
         return version
@@ -601,87 +991,114 @@ def _is_ci_env() -> bool:
 
 
 def _public_tools(written: object) -> str | None:
-    """Return which of Kedro's own tools an array, or its text, names."""
+    """Return which of Kedro's own tools an array, or its text, names; None for none.
+
+    Kedro writes `"['Linting', 'Testing']"`. People may add the names of their clients.
+    """
     names = [name.strip() for name in re.split(r"[][,'\"]", str(written))]
     return ", ".join(name for name in names if name in KEDRO_TOOLS) or None
 
 
-def _project_statistics(catalog: Any, project_path: Path | None) -> Properties:
-    """Return what the event of a session tells. Add a new property of sessions here."""
+def _command_properties(words: list[str]) -> Properties:
+    """Return the properties of a command, whose words are masked."""
+    with _log_failure("Masking the command"):
+        masked = _mask(words)
+        command = " ".join(["kedro", *masked])
+        return {"command": command, "main_command": masked[0] if masked else "kedro"}
+    return {}
+
+
+def _session_properties(catalog: Any, project: _Project) -> Properties:
+    """Return the properties of a session. Add a new one here.
+
+    A later Kedro may lack what a part asks for, which costs only this part.
+    """
+    properties: Properties = {}
+    with _log_failure("Counting the datasets"):
+        properties["number_of_datasets"] = len(_dataset_names(catalog))
+    with _log_failure("Counting the pipelines"):
+        properties |= _pipeline_counts(project)
+    with _log_failure("Counting the types of datasets"):
+        properties |= _dataset_type_counts(catalog)
+    with _log_failure("Counting the validators"):
+        properties |= _validator_counts(catalog)
+    return properties
+
+
+def _dataset_names(catalog: Any) -> list[str]:
+    """Return the names of a catalog's entries, without parameters."""
     names = catalog.keys() if hasattr(catalog, "keys") else catalog.list()  # Kedro < 1
     is_parameter = re.compile("parameters$|params:").match
-    datasets = [name for name in names if not is_parameter(str(name))]
-    return {
-        "number_of_datasets": len(datasets),
-        **_pipeline_statistics(project_path),
-        **_dataset_types(catalog, datasets),
-        **_validator_types(catalog),
-    }
+    return [name for name in names if not is_parameter(str(name))]
 
 
-def _pipeline_statistics(project_path: Path | None) -> Properties:
-    """Count pipelines and nodes if Kedro has loaded them all: loading runs user code.
+def _pipeline_counts(project: _Project) -> Properties:
+    """Count pipelines and nodes where Kedro has loaded all of them.
 
-    Kedro holds those of one project only, the one that it loaded last.
+    To load them runs code of the user's, which takes long, prints and may raise. Kedro
+    has those of one project only, the one that it loaded last.
     """
     from kedro.framework.project import pipelines
 
-    if _loaded_package(project_path) != _loaded_package(None):
+    if project.package not in (None, _loaded_package()):
         return {}
-    requested = getattr(pipelines, "_requested_pipelines", None)  # since Kedro 1.5
-    if requested or not pipelines._is_data_loaded:
+    # Since Kedro 1.5, `kedro run --pipelines x` loads x alone.
+    is_partial = getattr(pipelines, "_requested_pipelines", None)
+    if is_partial or not pipelines._is_data_loaded:
         return {}
     properties: Properties = {}
-    with suppress(Exception):  # a registry may return anything
+    with _log_failure("Counting the nodes"):  # a registry may return anything
         properties["number_of_pipelines"] = len(pipelines._content)
         properties["number_of_nodes"] = len(pipelines._content["__default__"].nodes)
     return properties
 
 
-def _dataset_types(catalog: Any, datasets: Iterable[str]) -> Properties:
-    """Count the datasets of each public type; catalogs tell types since Kedro 1.0."""
+def _dataset_type_counts(catalog: Any) -> Properties:
+    """Count the datasets of each public type; catalogs know types since Kedro 1.0."""
     from functools import cache
 
     if not hasattr(catalog, "get_type"):
         return {}
     configs = getattr(getattr(catalog, "config_resolver", None), "config", {})
-    declared_class = cache(_declared_class)  # a catalog declares few types many times
+    declared_type = cache(_declared_type)  # a catalog declares few types many times
     counts: Counter[str] = Counter()
-    for name in datasets:
-        class_name = None
-        # A bad entry, or a class that cannot be imported, counts as custom.
-        with suppress(Exception, SystemExit):
+    for name in _dataset_names(catalog):
+        found = CUSTOM
+        with _log_failure("Finding the type of a dataset"):  # an entry may be broken
             if name in configs:
-                class_name = declared_class(configs[name]["type"])
-            else:
-                class_name = catalog.get_type(name)  # of a dataset added by code
-        is_public = str(class_name).startswith(PUBLIC_DATASETS)
-        counts[f"dataset_type_count.{class_name if is_public else CUSTOM}"] += 1
+                found = declared_type(configs[name]["type"])
+            else:  # a hook has added the dataset, so that its class is imported
+                found = _public_type(catalog.get_type(name))
+        counts[f"dataset_type_count.{found}"] += 1
     return dict(counts)
 
 
-def _declared_class(declared: str | type) -> str | None:
-    """Return the full name of a class that a catalog declares, or None if not public.
+def _public_type(class_name: object) -> str:
+    """Return the full name of a class of Kedro or kedro-datasets, or else CUSTOM."""
+    name = str(class_name)
+    return name if name.startswith(PUBLIC_DATASETS) else CUSTOM
 
-    Kedro would import it, and with it pandas or Spark, even where nobody uses it.
+
+def _declared_type(declared: str | type) -> str:
+    """Return the full name of a public class that a catalog declares, or else CUSTOM.
+
+    Kedro itself would import the class, and with it pandas, Spark or TensorFlow, even
+    in a run that does not use it.
     """
     if isinstance(declared, type):
-        return f"{declared.__module__}.{declared.__qualname__}"
-    # In the order in which Kedro looks
-    for prefix in ("kedro.io.", "kedro_datasets.", ""):
+        return _public_type(f"{declared.__module__}.{declared.__qualname__}")
+    for prefix in ("kedro.io.", "kedro_datasets.", ""):  # in Kedro's order
         found = _class_in_sources(prefix + declared)
         if found is not None:
             return found
-    return None
+    return CUSTOM
 
 
 def _class_in_sources(dotted_name: str) -> str | None:
-    """Find a public class in source files, without an import; return its full name."""
+    """Find a public class in source files, and return its full name; None for none."""
     from importlib.util import find_spec
 
-    # Such as kedro_datasets.pandas.CSVDataset, with or without the module csv_dataset
-    public = r"(kedro\.io|kedro_datasets(?:_experimental)?\.\w+)\.(?:(\w+)\.)?(\w+)"
-    match = re.fullmatch(public, dotted_name)
+    match = re.fullmatch(PUBLIC_CLASS, dotted_name)
     if match is None:
         return None
     group, module, name = match.groups()
@@ -694,7 +1111,7 @@ def _class_in_sources(dotted_name: str) -> str | None:
     return None
 
 
-def _validator_types(catalog: Any) -> Properties:
+def _validator_counts(catalog: Any) -> Properties:
     """Count the validators of each public library, which Kedro has since 1.6."""
     specs = getattr(catalog, "validator_specs", None) or {}
     counts: Counter[str] = Counter()
@@ -705,7 +1122,7 @@ def _validator_types(catalog: Any) -> Properties:
     return {"number_of_validated_datasets": len(specs), **counts} if specs else {}
 
 
-# Masking
+# Masking: which words of a command are public
 
 
 def _mask(words: list[str]) -> list[str]:
@@ -717,7 +1134,7 @@ def _mask(words: list[str]) -> list[str]:
     options = _option_names(commands)
     rest = _split_at_equals_sign(words[len(commands) :], options)
     if not commands and rest and rest[0] not in options:
-        return [MASK]  # an unknown command, of which nothing is told
+        return [MASK]  # a project's own command, of which not even a count is sent
     masked = words[: len(commands)]
     for previous, word in zip(["", *rest], rest, strict=False):
         is_starter = previous in options and _is_official_starter(previous, word)
@@ -752,34 +1169,46 @@ def _plugin_groups() -> Iterator[Any]:
 
     for name in ("kedro.global_commands", "kedro.project_commands"):
         for entry_point in entry_points(group=name):
-            with suppress(AttributeError):  # the module has no such group
-                if entry_point.module in sys.modules:
-                    yield entry_point.load()
+            if entry_point.module not in sys.modules:
+                continue  # Kedro could not import it
+            group = None
+            with _log_failure("Loading a plugin's commands"):
+                group = entry_point.load()
+            yield group
 
 
 def _find_command(groups: Iterable[Any], name: str) -> click.Command | None:
-    """Return the public command `name` of one of `groups`."""
+    """Return the public command `name` of one of `groups`, None if none has it."""
     for group in groups:
-        # It may have no such command, fail to make it, or be no group at all.
-        with suppress(Exception, SystemExit):
-            command: click.Command = group.get_command(click.Context(group), name)
-            # A group may answer to any word, or to an alias.
-            if command.name == name and _is_public(command, group):
+        try:
+            command: click.Command | None = group.get_command(
+                click.Context(group), name
+            )
+            # click-default-group answers to any word with one of its commands.
+            if command and command.name == name and _is_public(command, group):
                 return command
+        # A plugin may import a command when it is asked for, which may even exit. The
+        # last command may be no group.
+        except (Exception, SystemExit) as error:
+            _log("Looking up a command failed: %s", type(error).__name__)
     return None
 
 
 def _is_public(command: click.Command, group: click.Command) -> bool:
     """Return whether Kedro or a plugin, and not the project, defines a command."""
     file = _source_file(command)
-    # What others add to Kedro's own groups is not public.
+    # What a project adds to Kedro's own groups is the project's.
     if _is_in_package(_source_file(group), "kedro"):
         return _is_in_package(file, "kedro")
-    return file is not None and not _is_in_package(file, _loaded_package(None))
+    return file is not None and not _is_in_package(file, _loaded_package())
 
 
 def _source_file(command: click.Command) -> Path | None:
-    """Return the file of the code behind a command, which may be in any module."""
+    """Return the file of the code behind a command, None if it has none.
+
+    `__module__` does not say whose a command is: kedro-databricks has modules named
+    `run` and `init`.
+    """
     from inspect import unwrap
 
     function: Any = command.callback
@@ -826,246 +1255,244 @@ def _is_official_starter(option: str, value: str) -> bool:
     return value in specs and specs[value].origin == "kedro"
 
 
-# Post
+# The post: one try, which a command waits for briefly
 
 
 class _Post(threading.Thread):
     """A post in a daemon thread: a look-up or a read of certificates can hang for ever.
 
-    `outcome` is the status of the answer or the kind of the failure, None until then.
-    The thread does nothing else: to log or import while Python ends can abort it.
+    The thread does nothing else. To log or import while Python ends can abort it.
     """
+
+    # Of this process, in seconds since the epoch: read-only homes on clusters take no
+    # stamp of a back-off.
+    back_off_start = 0.0
 
     def __init__(self, body: Properties) -> None:
         from importlib import import_module
+        from importlib.util import find_spec
 
         super().__init__(daemon=True)
         self.identity = body["identity"]
         self.content = json.dumps(body)
-        self.outcome: int | str | None = None
-        for name in ("encodings.idna", "ssl", "urllib.request"):
+        self.status: int | None = None  # None until Heap has answered
+        self.outcome = "no answer in time"
+        for name in ("encodings.idna", "http.client", "ssl", "urllib.request"):
             import_module(name)
-        with suppress(ImportError):  # it is used if it is there
+        if find_spec("certifi"):
             import_module("certifi")
 
     def run(self) -> None:
-        # A connection that the server closes must not end the process by SIGPIPE.
+        # Where people set SIGPIPE to its default for `| head`, a connection that Heap
+        # closes would end the process.
         with suppress(AttributeError):  # Windows has no such signal
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
         try:
-            self.outcome = _status_of_post(self.content)
-        except Exception as error:  # there is no second try
-            reason = getattr(error, "reason", None)  # a URLError wraps the real error
-            cause = reason if isinstance(reason, Exception) else error
-            self.outcome = type(cause).__name__  # its text may hold a proxy's password
+            self.status = _post(self.content.encode())
+            self.outcome = str(self.status)
+        except Exception as error:
+            self.outcome = type(error).__name__  # its text may hold a proxy's password
 
 
-def _wait_for(post: _Post) -> bool:
+def _start_and_wait_for(post: _Post) -> bool:
     """Start a post and wait until the deadline; return True if Heap accepted it.
 
-    A wait that ends without an answer starts the back-off, whatever has ended it.
+    A post that hangs, or fails slowly, must not hold up the next command as well.
     """
+    start = time.monotonic()
     try:
         post.start()
     except RuntimeError:  # the process may start no more threads
+        _log("A post could not start")
         return False
     try:
         post.join(DEADLINE)
     finally:
-        outcome = post.outcome
-        if outcome is None:
-            _start_back_off()
-    # People publish their logs, which must not tell who they are.
+        # Also where Ctrl-C ended the wait. `is_alive()` is then wrong on CPython 3.11
+        # and 3.12. What fails within half a second costs nobody anything.
+        status = post.status
+        if status is None and time.monotonic() - start > DEADLINE / 4:
+            _write_back_off()
+    # People publish their logs, which must not say who they are.
     masked = post.content.replace(post.identity, MASK)
-    _log("Post of %s: %s", masked, outcome or "no answer in time")
-    return outcome == 200
+    _log("Post of %s: %s", masked, post.outcome)
+    return status == ACCEPTED
 
 
-def _status_of_post(content: str) -> int:
-    """Post an event and return the status of the answer. No redirect is followed."""
-    from urllib.request import HTTPSHandler, OpenerDirector, ProxyHandler, Request
+def _post(content: bytes) -> int:
+    """Post an event and return the status of the answer. No redirect is followed.
 
-    opener = OpenerDirector()
-    opener.add_handler(ProxyHandler())
-    opener.add_handler(HTTPSHandler(context=_tls_context()))
-    agent = f"kedro-telemetry/{__version__}"
-    headers = {"Content-Type": "application/json", "User-Agent": agent}
-    request = Request(ENDPOINT, content.encode(), headers)
-    # Twice the deadline ends a thread that has been given up.
-    with opener.open(request, timeout=2 * DEADLINE) as answer:
-        return int(answer.status)
+    These are all bytes that leave. They pass no function by which Sentry, OpenTelemetry
+    and others add headers to the requests of a process.
+    """
+    from http.client import HTTPResponse
+    from urllib.parse import urlsplit
+
+    heap = urlsplit(ENDPOINT)
+    head = (
+        f"POST {heap.path} HTTP/1.1\r\n"
+        f"Host: {heap.hostname}\r\n"
+        f"User-Agent: kedro-telemetry/{__version__}\r\n"
+        "Content-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n"
+        "\r\n"
+    )
+    with closing(_connect(heap.hostname or "")) as connection:
+        connection.sock.sendall(head.encode() + content)
+        with closing(HTTPResponse(connection.sock, method="POST")) as answer:
+            answer.begin()
+            return answer.status
 
 
-def _tls_context() -> SSLContext:
-    """Return a context with the authorities of the platform, or else of certifi."""
+def _connect(host: str) -> HTTPSConnection:
+    """Return a connection to a host that the platform trusts, after the handshake."""
+    import ssl
+
+    folder = ssl.get_default_verify_paths().capath
+    if folder is not None and _has_hash_links(folder):
+        # OpenSSL reads the one authority that it needs. To load the bundle takes 20 ms.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(capath=folder)
+        # The folder may have a company's own authority, and a bundle the others.
+        with suppress(ssl.SSLCertVerificationError):
+            return _open_connection(host, context)
+    return _open_connection(host, _platform_context())
+
+
+def _has_hash_links(folder: str) -> bool:
+    """Return whether OpenSSL finds certificates in a folder, such as `1a2b3c4d.0`."""
+    is_hash_link = re.compile(r"[0-9a-f]{8}\.\d+").fullmatch
+    try:
+        return any(is_hash_link(name) for name in os.listdir(folder))
+    except OSError:
+        return False
+
+
+def _platform_context() -> SSLContext:
+    """Return a context with all authorities of the platform, or else of certifi.
+
+    Pythons for macOS from python.org have none until their user installs them.
+    """
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    paths = ssl.get_default_verify_paths()
-    if _is_folder_enough(paths):
-        # OpenSSL reads the one that it needs; to load the bundle takes 20 ms.
-        context.load_verify_locations(capath=paths.capath)
-        return context
     context.load_default_certs()
-    is_anybody_trusted = context.cert_store_stats()["x509_ca"] or _hash_links(paths)
     certifi = sys.modules.get("certifi")
-    if certifi and not is_anybody_trusted and not os.environ.get("SSL_CERT_FILE"):
+    if certifi and not os.environ.get("SSL_CERT_FILE") and not _trusts_anybody(context):
         context.load_verify_locations(certifi.where())
     return context
 
 
-def _is_folder_enough(paths: DefaultVerifyPaths) -> bool:
-    """Return whether the folder alone holds every authority that the bundle holds.
+def _trusts_anybody(context: SSLContext) -> bool:
+    import ssl
 
-    Elsewhere it may hold only a company's own. Debian, Ubuntu and Alpine keep the
-    bundle in the folder, beside a file for each authority.
+    folder = ssl.get_default_verify_paths().capath
+    try:
+        has_authorities = context.cert_store_stats()["x509_ca"] > 0
+    except NotImplementedError:  # truststore, which asks the system
+        return True
+    return has_authorities or (folder is not None and _has_hash_links(folder))
+
+
+def _open_connection(host: str, context: SSLContext) -> HTTPSConnection:
+    """Connect to a host through the user's proxy, if there is one, over TLS."""
+    from http.client import HTTPSConnection
+
+    # For each operation, so that a post that was given up ends, too.
+    timeout = 2 * DEADLINE
+    proxy = _proxy_for(host)
+    if proxy is None:
+        connection = HTTPSConnection(host, timeout=timeout, context=context)
+    else:
+        connection = HTTPSConnection(
+            proxy.host, proxy.port, timeout=timeout, context=context
+        )
+        connection.set_tunnel(host, headers=proxy.headers)
+    # People set `HTTPConnection.debuglevel = 1`, which prints to standard output.
+    connection.set_debuglevel(0)
+    try:
+        connection.connect()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+class _Proxy(NamedTuple):
+    host: str
+    port: int
+    headers: dict[
+        str, str
+    ]  # the user's password for the proxy, which Heap does not see
+
+
+def _proxy_for(host: str) -> _Proxy | None:
+    """Return the user's proxy for a host, None for a direct connection.
+
+    Raises NotImplementedError for a SOCKS proxy: whoever has one wants no name server
+    to be asked by anything else. `ALL_PROXY` is often one, and requests takes it, too.
     """
-    if paths.cafile is None or paths.capath is None:
-        return False
-    bundle = Path(paths.capath, "ca-certificates.crt")
-    if not bundle.exists() or not bundle.samefile(paths.cafile):
-        return False
-    number = bundle.read_bytes().count(b"-----BEGIN ")
-    return 0 < number <= len(_hash_links(paths))  # an empty bundle tells nothing
+    from base64 import b64encode
+    from urllib.parse import unquote, urlsplit
+    from urllib.request import getproxies, proxy_bypass
+
+    proxies = getproxies()
+    written = proxies.get("https") or proxies.get("all")
+    if not written or proxy_bypass(host):
+        return None
+    url = urlsplit(written if "://" in written else f"http://{written}")
+    if url.scheme not in ("http", "https"):
+        raise NotImplementedError("a SOCKS proxy")
+    headers = {}
+    if url.username is not None:
+        login = f"{unquote(url.username)}:{unquote(url.password or '')}"
+        headers["Proxy-Authorization"] = f"Basic {b64encode(login.encode()).decode()}"
+    return _Proxy(url.hostname or "", url.port or 80, headers)
 
 
-def _hash_links(paths: DefaultVerifyPaths) -> list[str]:
-    """Return the names by which OpenSSL finds certificates in the folder."""
-    if paths.capath is None:
-        return []
-    is_hash_link = re.compile(r"[0-9a-f]{8}\.\d+").fullmatch
-    with os.scandir(paths.capath) as files:
-        links = [file for file in files if is_hash_link(file.name)]
-    return [link.name for link in links if link.is_file()]  # not a dangling symlink
-
-
-_back_off_start = 0.0  # of this process, for where no file can be written
-
-
-def _start_back_off() -> None:
-    """Stop posts for BACK_OFF seconds: write a file for all processes of the user."""
-    global _back_off_start
+def _write_back_off() -> None:
+    """Stop posts for BACK_OFF seconds, by a file for all processes of the user."""
     try:
         _write_empty(_user_file("telemetry.backoff"))
-    except OSError:
-        _back_off_start = time.time()
+    except OSError as error:
+        _Post.back_off_start = time.time()
+        _log("Storing the back-off failed: %s", type(error).__name__)
 
 
 def _back_off_end() -> float | None:
     """Return when posts resume, in seconds since the epoch; None if they may go on."""
-    start = _back_off_start
-    marker = _user_file("telemetry.backoff")
-    if marker is not None:
-        with suppress(OSError):  # there is no such file
-            start = max(start, marker.stat().st_mtime)
+    start = _Post.back_off_start
+    with suppress(OSError):  # there is no such file, or no home folder
+        start = max(start, _user_file("telemetry.backoff").stat().st_mtime)
     is_over = abs(time.time() - start) >= BACK_OFF  # a file server's clock may be ahead
     return None if is_over else start + BACK_OFF
-
-
-# Files
-
-
-def _user_file(name: str) -> Path | None:
-    """Return a path in the user's configuration folder for Kedro, if there is one."""
-    if sys.platform == "win32":
-        folder = os.path.join(os.environ.get("LOCALAPPDATA", ""), "kedro")
-    elif sys.platform == "darwin":
-        folder = os.path.expanduser("~/Library/Application Support")
-    else:
-        folder = os.environ.get("XDG_CONFIG_HOME", "")
-        if not os.path.isabs(folder):  # counts as unset by the XDG specification
-            folder = os.path.expanduser("~/.config")
-    return Path(folder, "kedro", name) if os.path.isabs(folder) else None
-
-
-def _read(path: Path | None) -> bytes | None:
-    """Return the content of a file, or None if there is none. OSError if unreadable."""
-    if path is None:
-        return None
-    try:
-        os.lstat(path)  # which finds a dangling symlink, too
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    # To read a pipe could block for ever.
-    if not path.is_file() or path.stat().st_size > LARGEST_FILE:
-        raise OSError(f"{path} is not a file, or too large")
-    return path.read_bytes()
-
-
-def _read_toml(path: Path | None) -> Properties:
-    """Return the document in a TOML file, or {} if it cannot be read."""
-    try:
-        return _parse_toml(_read(path))
-    except OSError:
-        return {}
-
-
-def _parse_toml(content: bytes | None) -> Properties:
-    """Return the TOML document in `content`, or {} if it is not one."""
-    import tomllib
-
-    try:
-        return tomllib.loads((content or b"").decode())
-    except (ValueError, RecursionError):  # not UTF-8, not TOML, or nested too deeply
-        return {}
-
-
-def _table(document: Properties, *names: str) -> Properties:
-    """Return the table at the path `names` in a TOML document, or {} for none."""
-    found: Any = document
-    for name in names:
-        found = found.get(name) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
-def _write_empty(path: Path | None) -> None:
-    """Put an empty file at `path`, even in place of one that root has left there."""
-    if path is None:
-        raise OSError(NO_HOME)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    path.touch()
-
-
-def _replace(path: Path | None, old: bytes | None, new: bytes) -> None:
-    """Replace a file in one step, if it still holds `old` (None: if there is none).
-
-    Mode, owner, access lists, attributes and symbolic links stay. OSError if that is
-    not possible, or the file is read-only.
-    """
-    from shutil import copystat
-
-    if path is None:
-        raise OSError(NO_HOME)
-    target = Path(os.path.realpath(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
-    try:
-        with open(temporary, "xb") as file:
-            if old is not None:
-                found = target.stat()
-                if not (found.st_mode & 0o222 and os.access(target, os.W_OK)):
-                    raise PermissionError(f"{path} is read-only")
-                if hasattr(os, "chown"):  # not on Windows
-                    os.chown(temporary, found.st_uid, found.st_gid)
-                copystat(target, temporary)
-            file.write(new)
-            file.flush()
-            os.fsync(file.fileno())
-        if _read(target) != old:
-            raise OSError(f"{path} has been changed meanwhile")
-        os.replace(temporary, target)
-        # A process that compared at the same moment may replace it once more. The
-        # caller reads it again after this wait, so that both use what stays.
-        time.sleep(0.005)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # The commands
 
 
-@click.group(invoke_without_command=True, epilog=f"Read more: {DOCUMENTATION}")
+class _TelemetryGroup(click.Group):
+    """A group that leads people who guess a command to the right one."""
+
+    def resolve_command(
+        self, context: click.Context, words: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(context, words)
+        except click.UsageError:
+            # Somebody typed `opt-out`, `no` or `stop`.
+            context.fail(
+                f"No such command '{words[0]}'.\n"
+                "To opt out, run: kedro telemetry disable\n"
+                "To opt in, run:  kedro telemetry enable"
+            )
+
+
+@click.group(
+    cls=_TelemetryGroup,
+    invoke_without_command=True,
+    epilog=f"Read more: {DOCUMENTATION}",
+)
 @click.pass_context
 def telemetry(context: click.Context) -> None:
     """See whether telemetry is on, and opt out or in.
@@ -1080,41 +1507,67 @@ def telemetry(context: click.Context) -> None:
 @click.pass_obj
 def status(project_metadata: Any) -> None:
     """Show whether telemetry is on here, and why (the default)."""
-    project_path = getattr(project_metadata, "project_path", None)
-    consent = _find_consent(project_path)
-    identity_file = _user_file("telemetry.toml")
+    project = _Project(getattr(project_metadata, "project_path", None))
+    consent = _find_consent(project)
+    is_on = consent.decision is not False
+    _print_field("Telemetry", "on here" if is_on else "off here")
+    _print_field("Reason", consent.text)
+    no_id = "none" if _is_ci_env() or not is_on else "none yet"
+    identity = _stored_identity() or no_id
+    try:
+        _print_field("Identity", f"{identity}\n{_user_file('telemetry.toml')}")
+    except OSError as error:
+        _print_field("Identity", f"none, as {error}")
+    if project.path is not None:
+        project_id = _project_id_in(project.pyproject) or no_id
+        text = f"{project_id} (sent as a hash)\n{project.pyproject.path}"
+        _print_field("Project id", text)
+    _print_field("Endpoint", ENDPOINT)
     paused_until = _back_off_end()
-    no_id = "none" if _is_ci_env() else "none yet"  # CI machines are given no ids
-    click.echo(f"Telemetry:   {'off' if consent.decision is False else 'on'} here")
-    click.echo(f"Reason:      {consent.reason}")
-    click.echo(f"Identity:    {_uuid_in(_read_toml(identity_file)) or no_id}")
-    if identity_file is not None:
-        click.echo(f"             in {identity_file}")
-    if project_path is not None:
-        pyproject = _pyproject(project_path)
-        click.echo(f"Project id:  {_project_id_in(_read_toml(pyproject)) or no_id}")
-        click.echo(f"             in {pyproject}; sent as a hash")
-    click.echo(f"Endpoint:    {ENDPOINT}")
     if paused_until is not None:
         end = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(paused_until))
-        click.echo(f"Paused:      until {end}, as the last post had no answer in time")
-    click.echo(STATUS_HELP)
+        _print_field("Paused", f"until {end}, as the last post failed slowly")
+    click.echo(_status_help(is_on))
+
+
+def _print_field(label: str, text: str) -> None:
+    """Print one value of the status, with further lines below its first one."""
+    label += ":"
+    click.echo(f"{label:13}" + text.replace("\n", "\n" + " " * 13))
+
+
+def _status_help(is_on: bool) -> str:
+    """Return what the user can do next."""
+    word, other = ("out", "disable") if is_on else ("in", "enable")
+    return f"""
+See an event without sending it:  KEDRO_TELEMETRY_DEBUG=1 kedro info
+Opt {word} for all your projects:{"" if is_on else " "}    kedro telemetry {other}
+Opt out for this project alone:   write the line `consent: false`
+                                  into the file .telemetry in its root
+Read more:  {DOCUMENTATION}"""
 
 
 @telemetry.command()
 @click.pass_obj
 def enable(project_metadata: Any) -> None:
     """Opt in for all your projects."""
-    _write_decision("true", "opted in to")
-    consent = _find_consent(getattr(project_metadata, "project_path", None))
+    path = _write_decision("true")
+    click.echo("You have opted in to telemetry for all your projects.")
+    click.echo(f"This is saved in\n{path}")
+    consent = _find_consent(_Project(getattr(project_metadata, "project_path", None)))
     if consent.decision is False:
-        click.echo(f"Telemetry stays off here: {consent.reason}")
+        click.echo(f"Telemetry stays off here, as {consent.text}")
 
 
 @telemetry.command()
 def disable() -> None:
     """Opt out for all your projects."""
-    _write_decision("false", "opted out of", instead="; set DO_NOT_TRACK instead")
+    advice = "\nTo opt out instead, set DO_NOT_TRACK=1 in your environment."
+    path = _write_decision("false", advice)
+    click.echo("You have opted out of telemetry for all your projects.")
+    click.echo(f"This is saved in\n{path}")
+    click.echo("Versions of kedro-telemetry before 1.0 do not read this file.")
+    click.echo("To opt out of those as well, set DO_NOT_TRACK=1 in your environment.")
 
 
 # Aliases that people type, and that the help does not list
@@ -1122,56 +1575,32 @@ telemetry.add_command(click.Command("on", callback=enable.callback, hidden=True)
 telemetry.add_command(click.Command("off", callback=disable.callback, hidden=True))
 
 
-def _write_decision(decision: str, done: str, instead: str = "") -> None:
-    """Write `consent: decision` for all of the user's projects, and say so."""
-    path = _user_file(".telemetry")
+def _write_decision(decision: str, advice: str = "") -> Path:
+    """Write `consent: decision` for all of the user's projects; return the file."""
+    try:
+        path = _user_file(".telemetry")
+    except OSError as error:
+        raise click.ClickException(
+            f"Nothing has changed, as {error}.{advice}"
+        ) from error
     try:
         _replace(path, _read(path), f"consent: {decision}\n".encode())
-    except OSError as error:  # which may name a temporary file
-        reason = f"{path}: {error.strerror}" if error.strerror else error
-        raise click.ClickException(f"Nothing has changed: {reason}{instead}") from error
-    click.echo(f"You have {done} telemetry for all your projects.\nSaved in {path}")
+    except OSError as error:
+        reason = error.strerror or error  # its whole text may name a temporary file
+        text = f"Nothing has changed, as this file cannot be written:\n{path}\n"
+        raise click.ClickException(f"{text}Reason: {reason}{advice}") from error
+    return path
 
 
-def _add_command(project_metadata: Any) -> None:
-    """Add `kedro telemetry` to Kedro's commands inside or outside of projects."""
+def _add_telemetry_command(is_in_project: bool) -> None:
+    """Add `kedro telemetry` to Kedro's commands, after those of projects and plugins.
+
+    An entry point `kedro.global_commands` would make Kedro's own tests fail, which
+    count the groups of commands; and 0.9.0, whose entry points a vendored copy uses,
+    has hooks alone.
+    """
     from kedro.framework.cli import cli as cli_module
 
-    name = "global_commands" if project_metadata is None else "project_commands"
+    name = "project_commands" if is_in_project else "global_commands"
     group = getattr(cli_module, name, cli_module.cli)  # Kedro 0.18 has one group
     group.commands.setdefault("telemetry", telemetry)
-
-
-def _remove_command() -> None:
-    """Remove `kedro telemetry` where click would find it before another one.
-
-    Kedro 0.18 looks in its own group first, and later releases in that of a command
-    that ran outside of projects before.
-    """
-    for group in _kedro_groups():
-        if group.commands.get("telemetry") is telemetry:
-            del group.commands["telemetry"]
-
-
-def _has_other_telemetry(project_metadata: Any) -> bool:
-    """Return whether a plugin or the project has a command of this name."""
-    package = getattr(project_metadata, "package_name", None)
-    project_cli = getattr(sys.modules.get(f"{package}.cli"), "cli", None)
-    for group in [*_plugin_groups(), project_cli]:
-        with suppress(Exception, SystemExit):  # not a group, or a command that fails
-            if group.get_command(click.Context(group), "telemetry") is not None:
-                return True
-    return False
-
-
-if __name__ == "__main__":
-    from kedro.framework.cli import main
-    from kedro.framework.cli.hooks import get_cli_hook_manager
-
-    # A vendored copy has no entry point, so Kedro does not know its hook.
-    get_cli_hook_manager().register(telemetry_hook)
-    if not IS_VENDORED:
-        sys.argv[0] = "kedro"  # for click's usage
-    if sys.argv[1:2] != ["telemetry"]:
-        sys.argv.insert(1, "telemetry")
-    main()
