@@ -485,13 +485,22 @@ def _write_empty(path: Path) -> None:
 # The project: one record for an event, as consent, ids and properties see it
 
 
-class _Pyproject(NamedTuple):
-    """The file `pyproject.toml` of a project, and the document in it."""
+class _Pyproject:
+    """The file `pyproject.toml` of a project, as it is when this is made."""
 
-    path: Path
-    content: bytes | None  # None if there is no such file, or it is unreadable
-    document: Properties
-    is_broken: bool = False  # there is a file that cannot be read or parsed
+    def __init__(self, project_path: Path | None) -> None:
+        self.path = Path(project_path or "", "pyproject.toml")
+        self.content: bytes | None = None  # None if there is no such file
+        self.document: Properties = {}
+        self.is_broken = False  # it cannot be read or parsed
+        if project_path is None:
+            return
+        try:
+            self.content = _read(self.path)
+            self.document = _parse_toml(self.content or b"")
+        except (OSError, ValueError) as error:
+            self.is_broken = True
+            _log("Reading pyproject.toml failed: %s", type(error).__name__)
 
 
 class _Project:
@@ -507,7 +516,7 @@ class _Project:
     @property
     def pyproject(self) -> _Pyproject:
         if self._pyproject is None:
-            self._pyproject = _read_pyproject(self.path)
+            self._pyproject = _Pyproject(self.path)
         return self._pyproject
 
     @property
@@ -526,19 +535,6 @@ class _Project:
         """Where the project has its package, such as `spaceships/src/spaceships`."""
         source = os.path.expanduser(str(self.kedro_table.get("source_dir", "src")))
         return Path(self.path or "", source, *str(self.package).split("."))
-
-
-def _read_pyproject(project_path: Path | None) -> _Pyproject:
-    """Read `pyproject.toml`. Outside of projects there is none."""
-    if project_path is None:
-        return _Pyproject(Path(), None, {})
-    path = Path(project_path, "pyproject.toml")
-    try:
-        content = _read(path)
-        return _Pyproject(path, content, _parse_toml(content or b""))
-    except (OSError, ValueError) as error:
-        _log("Reading pyproject.toml failed: %s", type(error).__name__)
-        return _Pyproject(path, None, {}, is_broken=True)
 
 
 def _loaded_package() -> str | None:
@@ -604,7 +600,7 @@ def _find_consent(project: _Project) -> _Consent:
             if grant.decision is None:
                 grant = consent
     except Exception as error:  # what cannot be found out is a no
-        return _Consent(False, f"it cannot be found out: {type(error).__name__}")
+        return _Consent(False, f"consent cannot be read ({type(error).__name__})")
     return grant
 
 
@@ -737,7 +733,7 @@ def _consent_of_names(names: Properties, path: Path) -> _Consent:
 def _consent_of_source(path: Path) -> _Consent:
     """Return what the source of settings decides, which is not run. Doubt is a no."""
     try:
-        source = _parse_source(_read(path) or b"")
+        source = _Source(_read(path) or b"")
     except Exception:  # it is unreadable, or not the Python of this version
         return _Consent(False, "this file cannot be read", path)
     for variable in OPT_OUT_VARIABLES:
@@ -764,36 +760,31 @@ def _may_name_this_plugin(plugin: object) -> bool:
     return any(re.sub("[-_.]+", "-", name).lower() == PLUGIN_NAME for name in names)
 
 
-class _Source(NamedTuple):
-    """What a file of Python names."""
+class _Source:
+    """What a file of Python names. Raises what `ast.parse` raises."""
 
-    words: set[str]  # all names, and all words in texts
-    texts: set[str]
-    imports: set[str]  # the names that it imports, under both of their names
+    def __init__(self, content: bytes) -> None:
+        import ast
+        import warnings
 
-
-def _parse_source(content: bytes) -> _Source:
-    """Return what a file of Python names. Raises what `ast.parse` raises."""
-    import ast
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such as of "\d", which are the user's to see
-        tree = ast.parse(content)
-    source = _Source(set(), set(), set())
-    for node in ast.walk(tree):
-        # The names of a node are texts or lists of texts among its fields.
-        fields = chain.from_iterable(
-            field if isinstance(field, list) else [field]
-            for field in vars(node).values()
-        )
-        texts = [text for text in fields if isinstance(text, str)]
-        source.words.update(re.findall(r"\w+", " ".join(texts)))
-        if isinstance(node, ast.alias):
-            source.imports.update(texts)
-        if isinstance(node, ast.Constant):
-            source.texts.update(texts)
-    return source
+        self.words: set[str] = set()  # all names, and all words in texts
+        self.texts: set[str] = set()
+        self.imports: set[str] = set()  # what is imported, before and after `as`
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of "\d" and the like: they are the user's
+            tree = ast.parse(content)
+        for node in ast.walk(tree):
+            # The names of a node are texts, or lists of texts, among its fields.
+            fields = chain.from_iterable(
+                field if isinstance(field, list) else [field]
+                for field in vars(node).values()
+            )
+            texts = [text for text in fields if isinstance(text, str)]
+            self.words.update(re.findall(r"\w+", " ".join(texts)))
+            if isinstance(node, ast.alias):
+                self.imports.update(texts)
+            if isinstance(node, ast.Constant):
+                self.texts.update(texts)
 
 
 # The notice: for those who have not decided
@@ -875,7 +866,7 @@ def _get_or_create_hashed_project_id(project: _Project) -> str | None:
         with _log_failure("Storing a project id"):
             _add_project_id(pyproject)
             # Another process may have been faster.
-            project_id = _project_id_in(_read_pyproject(project.path))
+            project_id = _project_id_in(_Pyproject(project.path))
     if project_id is None:
         return None
     # 0.9.0 hashes the name of the package that Kedro has loaded, or this word. A web
@@ -1395,19 +1386,8 @@ def _trusts_anybody(context: SSLContext) -> bool:
 
 
 def _open_connection(host: str, context: SSLContext) -> HTTPSConnection:
-    """Connect to a host through the user's proxy, if there is one, over TLS."""
-    from http.client import HTTPSConnection
-
-    # For each operation, so that a post that was given up ends, too.
-    timeout = 2 * DEADLINE
-    proxy = _proxy_for(host)
-    if proxy is None:
-        connection = HTTPSConnection(host, timeout=timeout, context=context)
-    else:
-        connection = HTTPSConnection(
-            proxy.host, proxy.port, timeout=timeout, context=context
-        )
-        connection.set_tunnel(host, headers=proxy.headers)
+    """Return a connection to a host, after the handshake."""
+    connection = _new_connection(host, context)
     # People set `HTTPConnection.debuglevel = 1`, which prints to standard output.
     connection.set_debuglevel(0)
     try:
@@ -1418,36 +1398,34 @@ def _open_connection(host: str, context: SSLContext) -> HTTPSConnection:
     return connection
 
 
-class _Proxy(NamedTuple):
-    host: str
-    port: int
-    headers: dict[
-        str, str
-    ]  # the user's password for the proxy, which Heap does not see
+def _new_connection(host: str, context: SSLContext) -> HTTPSConnection:
+    """Return a connection to a host through the user's proxy, if there is one.
 
-
-def _proxy_for(host: str) -> _Proxy | None:
-    """Return the user's proxy for a host, None for a direct connection.
-
-    Raises NotImplementedError for a SOCKS proxy: whoever has one wants no name server
-    to be asked by anything else. `ALL_PROXY` is often one, and requests takes it, too.
+    Raises NotImplementedError for a SOCKS proxy: whoever has one wants nothing else to
+    ask a name server. `ALL_PROXY`, which requests takes as well, often is one.
     """
     from base64 import b64encode
+    from http.client import HTTPSConnection
     from urllib.parse import unquote, urlsplit
     from urllib.request import getproxies, proxy_bypass
 
+    timeout = 2 * DEADLINE  # of each operation, so that a post that is given up ends
     proxies = getproxies()
-    written = proxies.get("https") or proxies.get("all")
-    if not written or proxy_bypass(host):
-        return None
-    url = urlsplit(written if "://" in written else f"http://{written}")
+    proxy = proxies.get("https") or proxies.get("all")
+    if not proxy or proxy_bypass(host):
+        return HTTPSConnection(host, timeout=timeout, context=context)
+    url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     if url.scheme not in ("http", "https"):
         raise NotImplementedError("a SOCKS proxy")
     headers = {}
     if url.username is not None:
         login = f"{unquote(url.username)}:{unquote(url.password or '')}"
         headers["Proxy-Authorization"] = f"Basic {b64encode(login.encode()).decode()}"
-    return _Proxy(url.hostname or "", url.port or 80, headers)
+    connection = HTTPSConnection(
+        url.hostname or "", url.port or 80, timeout=timeout, context=context
+    )
+    connection.set_tunnel(host, headers=headers)  # the proxy's, which Heap does not see
+    return connection
 
 
 def _write_back_off() -> None:
@@ -1480,9 +1458,10 @@ class _TelemetryGroup(click.Group):
         try:
             return super().resolve_command(context, words)
         except click.UsageError:
-            # Somebody typed `opt-out`, `no` or `stop`.
+            # Somebody typed `opt-out`, `no` or `stop`. To "No such command", Kedro
+            # would add that it finds no project.
             context.fail(
-                f"No such command '{words[0]}'.\n"
+                f"kedro telemetry has no command '{words[0]}'.\n"
                 "To opt out, run: kedro telemetry disable\n"
                 "To opt in, run:  kedro telemetry enable"
             )

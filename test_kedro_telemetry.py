@@ -419,7 +419,8 @@ def counts(prefix: str, properties: dict) -> dict[str, int]:
 def log(caplog) -> pytest.LogCaptureFixture:
     """The logger of the module, down to DEBUG."""
     # For the first project of a process, Kedro removes all handlers, also pytest's.
-    kedro_project.LOGGING.set_project_logging("spaceships")
+    if KEDRO >= (0, 19):
+        kedro_project.LOGGING.set_project_logging("spaceships")
     caplog.set_level(logging.DEBUG, "kedro_telemetry")
     return caplog
 
@@ -809,6 +810,7 @@ def test_a_session_of_a_command_counts_for_the_commands_project(project, heap):
 
 
 @posix
+@since_kedro_0_19
 def test_a_command_in_a_linked_folder_is_reported_once(project, tmp_path, heap):
     (tmp_path / "link").symlink_to(project)
     cli = kedro_cli.KedroCLI(tmp_path / "link")
@@ -3348,7 +3350,7 @@ def test_a_guess_leads_to_the_commands(word):
     done = run(f"telemetry {word}")
     assert done.exit_code == 2
     assert done.output.endswith(
-        f"Error: No such command '{word}'.\n"
+        f"Error: kedro telemetry has no command '{word}'.\n"
         "To opt out, run: kedro telemetry disable\n"
         "To opt in, run:  kedro telemetry enable\n"
     )
