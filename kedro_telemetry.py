@@ -1,13 +1,13 @@
 """Anonymised usage telemetry for Kedro: one event per command or session.
 
 The module follows the life of an event. Kedro calls the hooks, which pass the event to
-`_send`, the only way out. Below it stand the parts that an event passes through, in
-this order: files, the project, consent, the notice, identity, properties, masking and
-the post. The commands come last.
+`_send`, the only way out. Below `_send` are the files and the project that several
+parts need, and then the steps of an event in order: consent, the notice, identity,
+properties, masking and the post. The commands come last.
 """
 
-# Imports inside of functions keep Kedro's start fast: what only an event needs is
-# imported when there is one.
+# Imports inside functions keep Kedro's start fast: what only an event needs is imported
+# when there is one.
 # ruff: noqa: PLC0415
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Read more:  {DOCUMENTATION}"""
 OPT_OUT_VARIABLES = ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY")
 # A line of a `.telemetry` file that grants consent, such as `consent: true`,
 # `CONSENT = yes` or `"consent": 'on'  # I agree`
-GRANT = r"""(?xia)            # ASCII alone: Unicode has another letter that equals s
+GRANT = r"""(?xia)            # ASCII: in Unicode, another letter than s equals S
     (["']?) consent \1        # the word, in quotes or without
     \s* [:=] \s*              # as in YAML, or as in a .env file
     (["']?) (true|yes|on|y|1) \2
@@ -132,7 +132,7 @@ class KedroTelemetryHook:
         self._command = None
         with _log_failure("Reading the command"):
             words = [str(word) for word in command_args]
-            if words[:1] != ["telemetry"]:  # whoever opts out sends nothing by it
+            if words[:1] != ["telemetry"]:  # to opt out must not send an event
                 project_path = getattr(project_metadata, "project_path", None)
                 self._command = _Report(words, project_path)
         with _log_failure("Adding kedro telemetry"):
@@ -140,19 +140,19 @@ class KedroTelemetryHook:
 
     @_session_hook
     def after_context_created(self, context: Any) -> None:
-        """Register what reports the session with the session's own hook manager.
+        """Register a report with the session's own hook manager.
 
-        The hook of a catalog does not say whose catalog it is. A web service has
-        sessions of several projects at once, and only the hook manager is a session's
-        own.
+        Kedro does not say which session a catalog belongs to, and a web service may
+        have sessions of several projects at once. A hook manager belongs to one session
+        and gets only that session's catalogs.
         """
-        # CI jobs and clusters opt out by a variable, and should pay for nothing more.
+        # CI jobs and clusters that opt out by a variable should pay for nothing else.
         if _environment_consent().decision is False:
             return
         with _log_failure("Reading the session"):
             report = self._report_for(context.project_path)
             hook_manager = getattr(context, "_hook_manager", None)
-            if hook_manager is None:  # a private name, which a later Kedro may not have
+            if hook_manager is None:  # the name is private; a later Kedro may drop it
                 _log("The session has no hook manager")
                 report.send("Kedro Project Statistics")
             elif not hook_manager.has_plugin(SESSION_PLUGIN_NAME):
@@ -173,11 +173,11 @@ class KedroTelemetryHook:
             _log("Ctrl-C ended the wait for a post")
 
     def _report_for(self, project_path: Path) -> _Report:
-        """Return the current command if a session at this path is its own."""
+        """Return the current command if it opened the session, else a new report."""
         command = self._command
         if command is None or not command.may_open_session(project_path):
             return _Report(None, project_path)
-        # `kedro` outside of projects, such as a plugin's command with --project-path
+        # Outside projects, a plugin's command may open a project by an option.
         command.project_path = command.project_path or project_path
         return command
 
@@ -185,7 +185,7 @@ class KedroTelemetryHook:
 class _Report:
     """What is reported once: a command with its sessions, or a session on its own.
 
-    It has no lock, as people copy and pickle sessions, and with them their plugins.
+    It has no lock: people copy and pickle sessions, and so the plugins in them.
     """
 
     def __init__(self, words: list[str] | None, project_path: Path | None) -> None:
@@ -204,10 +204,10 @@ class _Report:
 
     @_session_hook
     def after_catalog_created(self, catalog: Any) -> None:
-        """Report the session with its catalog as Kedro made it.
+        """Report the session, with the catalog as Kedro made it.
 
-        pluggy calls this before the hooks of the user, which may add datasets, as it
-        was registered after them.
+        pluggy calls the hooks that were registered last first, so this one comes before
+        the user's hooks, which may add datasets.
         """
         self.send("Kedro Project Statistics", catalog)
 
@@ -268,7 +268,7 @@ def _get_heap_app_id() -> str:
 def _get_project_properties(user_uuid: str, project_path: Path | None) -> Properties:
     """Return the properties of every event, without `project_id` if consent is denied.
 
-    Kedro's extension for VS Code sends them, and may ask without consent.
+    Kedro's extension for VS Code adds them to its own events.
     """
     project = _Project(project_path)
     is_denied = _consent_for(project).decision is False
@@ -277,7 +277,7 @@ def _get_project_properties(user_uuid: str, project_path: Path | None) -> Proper
 
 
 def _is_valid_syntax(telemetry: Any) -> bool:
-    """Return whether a parsed `.telemetry` decides; Kedro-Viz 7 to 9 ask this."""
+    """Return whether a parsed `.telemetry` decides, as Kedro-Viz 7 to 9 ask."""
     return isinstance(telemetry, dict) and isinstance(telemetry.get("consent"), bool)
 
 
@@ -290,9 +290,10 @@ def __getattr__(name: str) -> Any:
     return ProjectMetadata
 
 
-# Entry points and other packages import `kedro_telemetry.plugin` or `.api`. A copy in a
-# project takes these names, too, as Kedro imports the project's settings first: the
-# release that Kedro brings is then never imported. One that is already at work stays.
+# Kedro's entry points and other packages import `kedro_telemetry.plugin` or `.api`. A
+# vendored copy takes these names, too. Kedro imports it with the project's settings,
+# before any plugin, and then never imports the release that it brought along. In a
+# process that has worked with an installed release before, that one keeps the names.
 plugin = api = sys.modules[__name__]
 if "kedro_telemetry.plugin" not in sys.modules:
     sys.modules["kedro_telemetry"] = plugin
@@ -366,7 +367,7 @@ def _print_in_debug_mode(text: str) -> None:
 
 
 def _log(message: str, *args: object) -> None:
-    """Log at DEBUG, which nobody sees who has not asked for it."""
+    """Log at DEBUG, which people see only if they ask for it."""
     # Kedro's RichHandler reads brackets as markup unless told otherwise, and raises
     # SystemExit where standard output is closed (`kedro run | head`).
     try:
@@ -377,14 +378,14 @@ def _log(message: str, *args: object) -> None:
 
 @contextmanager
 def _log_failure(what: str) -> Iterator[None]:
-    """Log an exception instead of raising it, by its type: its text may hold a path."""
+    """Log an exception instead of raising it, by its type: its text may name a path."""
     try:
         yield
     except Exception as error:
         _log("%s failed: %s", what, type(error).__name__)
 
 
-# Files: what all parts below read and write
+# Files: how the parts below read and write them
 
 
 def _user_file(name: str) -> Path:
@@ -436,11 +437,11 @@ def _table(document: Properties, *names: str) -> Properties:
 
 
 def _replace(path: Path, old: bytes | None, new: bytes) -> None:
-    """Replace a file in one step, if it still holds `old` (None: if there is none).
+    """Replace a file in one step, if it still contains `old` (None: if there is none).
 
-    A disk may be full, and an editor may save the file at the same moment. Owner, mode,
-    access lists, attributes and symbolic links stay. Raises OSError if the file has
-    changed, is read-only or cannot be replaced.
+    The disk may be full, and an editor may save the file at the same moment. Owner,
+    mode, access lists, attributes and symbolic links stay. Raises OSError if the file
+    has changed, is read-only or cannot be replaced.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -465,24 +466,24 @@ def _copy_metadata(source: Path, target: Path) -> None:
 
     found = source.stat()
     made = target.stat()
-    # Root may write to a read-only file, too, but its owner has locked it.
+    # Root can write to a read-only file, but somebody has made it read-only on purpose.
     if not (found.st_mode & 0o222 and os.access(source, os.W_OK)):
         raise PermissionError("read-only")
     if (found.st_uid, found.st_gid) != (made.st_uid, made.st_gid):
         os.chown(target, found.st_uid, found.st_gid)
-    # Mounted drives (WSL, Azure Files) refuse to change a mode.
+    # Mounted drives (WSL, Azure Files) may refuse any change of a mode.
     with _log_failure("Copying the mode of a file"):
         copystat(source, target)
 
 
 def _write_empty(path: Path) -> None:
-    """Put a new empty file at `path`, also where a `sudo kedro` has left root's."""
+    """Put a new empty file at `path`, even if a `sudo kedro` has left one of root's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     path.touch()
 
 
-# The project: one record for an event, as consent, ids and properties see it
+# The project: what consent, the project's id and the properties need to know of it
 
 
 class _Pyproject:
@@ -504,9 +505,10 @@ class _Pyproject:
 
 
 class _Project:
-    """A project, or a folder without one; its file is read once, when it is needed.
+    """A project, or a folder without one, as one event sees it.
 
-    After a denial by a variable or a `.telemetry`, it is not read at all.
+    Its `pyproject.toml` is read once, when it is first needed: after a denial by a
+    variable or a `.telemetry`, it is not read at all.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -551,17 +553,17 @@ def _is_imported(project: _Project) -> bool:
 
 
 def _is_running(project: _Project) -> bool:
-    """Return whether the code that runs is that of the project at this path.
+    """Return whether the running code is that of the project at this path.
 
-    A packaged project takes the current directory for its own, which may be the root
-    of another project. A package whose import has failed is meant all the same.
+    Kedro takes the current directory for the root of a packaged project, which may run
+    in the folder of another project. A package that Kedro failed to import counts, too.
     """
     if project.package is None or project.package in sys.modules:
         return _is_imported(project)
     return _loaded_package() in (None, project.package)
 
 
-# Consent: whether anything may be sent at all. Anyone can deny it
+# Consent: whether an event may be sent at all. Each source can deny it
 
 
 class _Consent(NamedTuple):
@@ -573,7 +575,7 @@ class _Consent(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The reason; a path is on a line of its own, as it may be long."""
+        """The reason, with the path on a separate line, as it may be long."""
         return self.reason if self.path is None else f"{self.reason}:\n{self.path}"
 
 
@@ -581,13 +583,13 @@ NO_DECISION = _Consent(None, "on by default: nobody has opted in or out")
 
 
 def _consent_for(project: _Project) -> _Consent:
-    """Return the consent for an event, looked up once.
+    """Return the consent for an event.
 
-    Kedro's own tests replace `_check_for_telemetry_consent`, whose answer then counts.
+    Kedro's own tests replace `_check_for_telemetry_consent` so that nothing is sent.
     """
     if _check_for_telemetry_consent is _original_check:
         return _find_consent(project)
-    return _Consent(_check_for_telemetry_consent(project.path), "as a test says")
+    return _Consent(_check_for_telemetry_consent(project.path), "a test decides")
 
 
 def _find_consent(project: _Project) -> _Consent:
@@ -609,7 +611,7 @@ def _consent_sources(project: _Project) -> Iterator[_Consent]:
     yield _environment_consent()
     for path in _consent_files(project.path):
         yield _file_consent(path)
-    if project.pyproject.is_broken:  # it names the package whose settings may deny
+    if project.pyproject.is_broken:  # the settings that it leads to may deny
         yield _Consent(False, "this file cannot be read", project.pyproject.path)
     for package, folder in _settings_places(project):
         yield _settings_consent(package, folder)
@@ -617,7 +619,7 @@ def _consent_sources(project: _Project) -> Iterator[_Consent]:
 
 def _environment_consent() -> _Consent:
     for name in OPT_OUT_VARIABLES:
-        if name in os.environ:  # to any value: some set it to nothing, or to false
+        if name in os.environ:  # to any value: people also set it to "" or "false"
             return _Consent(False, f"{name} is set")
     if os.environ.get("GITHUB_REPOSITORY_OWNER") == "kedro-org":  # Kedro's own CI
         return _Consent(False, "GITHUB_REPOSITORY_OWNER is kedro-org")
@@ -627,17 +629,17 @@ def _environment_consent() -> _Consent:
 def _consent_files(project_path: Path | None) -> Iterable[Path]:
     """Return where a `.telemetry` counts.
 
-    0.9.0's notice told people to put it into the current directory. No folder above is
-    looked at: in an automounter's (`/home`, `/net`) that can take a minute.
+    The notice of 0.9.0 asked people to put it into the current directory. No folder
+    above is read: in a folder of an automounter (`/home`, `/net`) that takes a minute.
     """
     paths = []
     with _log_failure("Finding the home folder"):
         paths.append(_user_file(".telemetry"))
-    with _log_failure("Finding the current directory"):  # somebody may have deleted it
+    with _log_failure("Finding the current directory"):  # it may have been deleted
         paths.append(Path.cwd() / ".telemetry")
     if project_path is not None:
         paths.append(Path(project_path, ".telemetry"))
-    return dict.fromkeys(paths)  # each once, as most commands run in the project's root
+    return dict.fromkeys(paths)  # most commands run in the project's root: read it once
 
 
 def _file_consent(path: Path) -> _Consent:
@@ -667,11 +669,10 @@ def _parse_consent(text: str) -> bool | None:
 
 
 def _settings_places(project: _Project) -> Iterable[tuple[str, str]]:
-    """Return the packages whose settings count, each with a folder that has it.
+    """Return the packages whose settings count, each with its folder.
 
-    They are those of the project at the path, and of the one that Kedro has loaded: a
-    packaged project may run in the folder of another. A web service that has imported
-    both projects keeps them apart.
+    A packaged project may run in the folder of another project, and both can deny. A
+    web service that has imported several projects keeps them apart.
     """
     places = []
     if project.package is not None:
@@ -691,7 +692,7 @@ def _package_folders(package: str) -> list[Path]:
         return [
             Path(folder) for folder in getattr(sys.modules[package], "__path__", [])
         ]
-    # Its own `__init__.py` has failed. find_spec("a.b") would import `a`.
+    # Its `__init__.py` has failed. find_spec("a.b") would import `a`.
     top, *names = package.split(".")
     spec = find_spec(top)
     roots = spec.submodule_search_locations if spec else None
@@ -702,7 +703,7 @@ def _settings_consent(package: str, folder: str) -> _Consent:
     """Return what `settings.py` decides, by its names or else by its source.
 
     Kedro's extension for VS Code and kedro-skills ask in processes that load no
-    project, and Kedro goes on without settings whose import has failed.
+    project. Kedro itself carries on without settings that it failed to import.
     """
     module = sys.modules.get(f"{package}.settings")
     file = getattr(module, "__file__", None)
@@ -716,14 +717,14 @@ def _settings_consent(package: str, folder: str) -> _Consent:
 
 
 def _consent_of_names(names: Properties, path: Path) -> _Consent:
-    """Return what the names of settings decide that Kedro has imported."""
+    """Return what imported settings decide by their names."""
     for variable in OPT_OUT_VARIABLES:
-        if variable in names:  # people write it here as if it were the variable
+        if variable in names:  # people set the variable here, too
             return _Consent(False, f"this file names {variable}", path)
     plugins = names.get("DISABLE_HOOKS_FOR_PLUGINS", ())
     if isinstance(plugins, str):  # ("kedro-telemetry") without a comma
         plugins = (plugins,)
-    # Nothing else is read: Kedro could not read a generator again.
+    # A generator is not read, as Kedro could not read it again.
     is_doubtful = not isinstance(plugins, (list, tuple, set, frozenset))
     if is_doubtful or any(_may_name_this_plugin(plugin) for plugin in plugins):
         return _Consent(False, "this file names DISABLE_HOOKS_FOR_PLUGINS", path)
@@ -734,7 +735,7 @@ def _consent_of_source(path: Path) -> _Consent:
     """Return what the source of settings decides, which is not run. Doubt is a no."""
     try:
         source = _Source(_read(path) or b"")
-    except Exception:  # it is unreadable, or not the Python of this version
+    except Exception:  # it is unreadable, or written for another version of Python
         return _Consent(False, "this file cannot be read", path)
     for variable in OPT_OUT_VARIABLES:
         if variable in source.words:
@@ -743,16 +744,16 @@ def _consent_of_source(path: Path) -> _Consent:
     is_disabled = any(_may_name_this_plugin(text) for text in source.texts)
     if switch in source.imports or (switch in source.words and is_disabled):
         return _Consent(False, f"this file names {switch}", path)
-    if "*" in source.imports:  # nobody knows which names that brings
+    if "*" in source.imports:  # which names that brings is unknown
         return _Consent(False, "this file imports *", path)
     return NO_DECISION
 
 
 def _may_name_this_plugin(plugin: object) -> bool:
-    """Return whether a plugin that Kedro disables is this one, or cannot be told.
+    """Return whether an entry of DISABLE_HOOKS_FOR_PLUGINS may be this plugin.
 
-    Names are compared as packaging normalises them: `kedro_telemetry` is this plugin
-    and `kedro-telemetry-extras` another one. Somebody may write several into one text.
+    Names are compared as packaging normalises them: `kedro_telemetry` is this plugin,
+    and `kedro-telemetry-extras` is another. A text may list several names.
     """
     if not isinstance(plugin, str):
         return True
@@ -771,7 +772,7 @@ class _Source:
         self.texts: set[str] = set()
         self.imports: set[str] = set()  # what is imported, before and after `as`
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of "\d" and the like: they are the user's
+            warnings.simplefilter("ignore")  # Python warns of "\d" in the user's code
             tree = ast.parse(content)
         for node in ast.walk(tree):
             # The names of a node are texts, or lists of texts, among its fields.
@@ -787,13 +788,13 @@ class _Source:
                 self.texts.update(texts)
 
 
-# The notice: for those who have not decided
+# The notice: for people who have not decided
 
 
 def _show_notice() -> None:
     """Print the notice until somebody has seen it.
 
-    On CI machines nobody does, and Azure Pipelines may fail a job for it.
+    Not on CI machines: Azure Pipelines may fail a job for text on standard error.
     """
     if _is_ci_env() or _was_notice_seen():
         return
@@ -811,9 +812,9 @@ def _was_notice_seen() -> bool:
 
 
 def _is_seen_by_somebody() -> bool:
-    """Return whether standard error is shown in a terminal or a Jupyter notebook.
+    """Return whether standard error is a terminal or a Jupyter notebook.
 
-    It is not in a scheduler's job, or after `2> /dev/null`.
+    After `2> /dev/null`, or in a scheduler's job, the notice goes unseen.
     """
     stream = sys.stderr
     if stream is None:  # pythonw and services have none
@@ -821,7 +822,7 @@ def _is_seen_by_somebody() -> bool:
     return stream.isatty() or type(stream).__module__.startswith("ipykernel.")
 
 
-# Identity: random numbers that say which events belong together
+# Identity: random numbers that link the events of a user and of a project
 
 
 def _get_or_create_identity() -> str:
@@ -832,7 +833,7 @@ def _get_or_create_identity() -> str:
         path = _user_file("telemetry.toml")
         content = _read(path)
         identity = _uuid_in(content)
-        if identity or _is_ci_env():  # a throw-away container is no new user
+        if identity or _is_ci_env():  # each new container would count as a user
             return identity
         _replace(path, content, f'[telemetry]\nuuid = "{uuid4().hex}"\n'.encode())
     return _stored_identity()  # another process may have been faster
@@ -862,14 +863,14 @@ def _get_or_create_hashed_project_id(project: _Project) -> str | None:
 
     pyproject = project.pyproject
     project_id = _project_id_in(pyproject)
-    if project_id is None and not _is_ci_env():  # whose checkout must not change
+    if project_id is None and not _is_ci_env():  # a CI checkout must not change
         with _log_failure("Storing a project id"):
             _add_project_id(pyproject)
             # Another process may have been faster.
             project_id = _project_id_in(_Pyproject(project.path))
     if project_id is None:
         return None
-    # 0.9.0 hashes the name of the package that Kedro has loaded, or this word. A web
+    # 0.9.0 adds the name of the package that Kedro has loaded, or this word. A web
     # service may have loaded another project since, so the declared name comes first.
     loaded = _loaded_package()
     package = "undefined_package_name" if loaded is None else project.package or loaded
@@ -910,7 +911,7 @@ def _create_body(event: _Event, project: _Project) -> Properties:
     """Return an event as Heap receives it, and create the ids that are missing."""
     from datetime import UTC, datetime
 
-    # Kedro's events are of the code that runs. A plugin says itself whose its event is.
+    # A session belongs to the running code. A plugin gives the path that it means.
     if event.properties is None and not _is_running(project):
         project = _Project(None)
     identity = _get_or_create_identity()
@@ -931,12 +932,12 @@ def _create_body(event: _Event, project: _Project) -> Properties:
 
 
 def _for_heap(properties: Properties) -> Properties:
-    """Return properties with values that Heap takes. One that has none is left out."""
+    """Return properties with values that Heap takes, without those that have none."""
     accepted: Properties = {}
     for key, value in properties.items():
         if value is None:
             continue
-        with _log_failure("Converting a property"):  # such as an int of 10,000 digits
+        with _log_failure("Converting a property"):  # `str()` fails for 10,000 digits
             accepted[str(key)[:LONGEST_TEXT]] = _heap_value(value)
     return accepted
 
@@ -945,7 +946,7 @@ def _heap_value(value: object) -> str | float:
     """Return a number or a boolean as it is, and anything else as a short text."""
     if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
         return value
-    return str(value)[:LONGEST_TEXT]  # also inf and nan, which JSON does not have
+    return str(value)[:LONGEST_TEXT]  # inf and nan, too, which JSON does not have
 
 
 def _base_properties(
@@ -982,9 +983,9 @@ def _is_ci_env() -> bool:
 
 
 def _public_tools(written: object) -> str | None:
-    """Return which of Kedro's own tools an array, or its text, names; None for none.
+    """Return which of Kedro's tools an array, or the text of one, names; None for none.
 
-    Kedro writes `"['Linting', 'Testing']"`. People may add the names of their clients.
+    Kedro writes `"['Linting', 'Testing']"`. People also write the names of clients.
     """
     names = [name.strip() for name in re.split(r"[][,'\"]", str(written))]
     return ", ".join(name for name in names if name in KEDRO_TOOLS) or None
@@ -1002,7 +1003,7 @@ def _command_properties(words: list[str]) -> Properties:
 def _session_properties(catalog: Any, project: _Project) -> Properties:
     """Return the properties of a session. Add a new one here.
 
-    A later Kedro may lack what a part asks for, which costs only this part.
+    A later Kedro may drop a private name that one part uses. The others stay.
     """
     properties: Properties = {}
     with _log_failure("Counting the datasets"):
@@ -1024,10 +1025,10 @@ def _dataset_names(catalog: Any) -> list[str]:
 
 
 def _pipeline_counts(project: _Project) -> Properties:
-    """Count pipelines and nodes where Kedro has loaded all of them.
+    """Count pipelines and nodes if Kedro has loaded all of them.
 
-    To load them runs code of the user's, which takes long, prints and may raise. Kedro
-    has those of one project only, the one that it loaded last.
+    To load them is to run the user's code, which may take long, print or raise. Kedro
+    has only the pipelines of the project that it loaded last.
     """
     from kedro.framework.project import pipelines
 
@@ -1058,7 +1059,7 @@ def _dataset_type_counts(catalog: Any) -> Properties:
         with _log_failure("Finding the type of a dataset"):  # an entry may be broken
             if name in configs:
                 found = declared_type(configs[name]["type"])
-            else:  # a hook has added the dataset, so that its class is imported
+            else:  # the user's code has added the dataset, so its class is imported
                 found = _public_type(catalog.get_type(name))
         counts[f"dataset_type_count.{found}"] += 1
     return dict(counts)
@@ -1073,8 +1074,8 @@ def _public_type(class_name: object) -> str:
 def _declared_type(declared: str | type) -> str:
     """Return the full name of a public class that a catalog declares, or else CUSTOM.
 
-    Kedro itself would import the class, and with it pandas, Spark or TensorFlow, even
-    in a run that does not use it.
+    `catalog.get_type` would import the class, and with it pandas, Spark or TensorFlow,
+    even for a run that does not use it.
     """
     if isinstance(declared, type):
         return _public_type(f"{declared.__module__}.{declared.__qualname__}")
@@ -1113,19 +1114,19 @@ def _validator_counts(catalog: Any) -> Properties:
     return {"number_of_validated_datasets": len(specs), **counts} if specs else {}
 
 
-# Masking: which words of a command are public
+# Masking: which words of a command may be sent
 
 
 def _mask(words: list[str]) -> list[str]:
-    """Replace by MASK each word that neither Kedro nor an installed plugin defines.
+    """Replace each word by MASK that neither Kedro nor an installed plugin defines.
 
-    Commands, the names of the last one's options and official starters stay.
+    Commands, the names of the last command's options and Kedro's own starters stay.
     """
     commands = _known_commands(words)
     options = _option_names(commands)
     rest = _split_at_equals_sign(words[len(commands) :], options)
     if not commands and rest and rest[0] not in options:
-        return [MASK]  # a project's own command, of which not even a count is sent
+        return [MASK]  # a project's own command: not even the number of words is sent
     masked = words[: len(commands)]
     for previous, word in zip(["", *rest], rest, strict=False):
         is_starter = previous in options and _is_official_starter(previous, word)
@@ -1188,7 +1189,7 @@ def _find_command(groups: Iterable[Any], name: str) -> click.Command | None:
 def _is_public(command: click.Command, group: click.Command) -> bool:
     """Return whether Kedro or a plugin, and not the project, defines a command."""
     file = _source_file(command)
-    # What a project adds to Kedro's own groups is the project's.
+    # A project may add its own commands to Kedro's groups.
     if _is_in_package(_source_file(group), "kedro"):
         return _is_in_package(file, "kedro")
     return file is not None and not _is_in_package(file, _loaded_package())
@@ -1252,11 +1253,11 @@ def _is_official_starter(option: str, value: str) -> bool:
 class _Post(threading.Thread):
     """A post in a daemon thread: a look-up or a read of certificates can hang for ever.
 
-    The thread does nothing else. To log or import while Python ends can abort it.
+    The thread only posts. Logging or importing while Python shuts down can abort it.
     """
 
-    # Of this process, in seconds since the epoch: read-only homes on clusters take no
-    # stamp of a back-off.
+    # In seconds since the epoch, for this process: a cluster's read-only home folder
+    # cannot store the file `telemetry.backoff`.
     back_off_start = 0.0
 
     def __init__(self, body: Properties) -> None:
@@ -1274,7 +1275,7 @@ class _Post(threading.Thread):
             import_module("certifi")
 
     def run(self) -> None:
-        # Where people set SIGPIPE to its default for `| head`, a connection that Heap
+        # If a user sets SIGPIPE to its default for `| head`, a connection that Heap
         # closes would end the process.
         with suppress(AttributeError):  # Windows has no such signal
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
@@ -1288,7 +1289,8 @@ class _Post(threading.Thread):
 def _start_and_wait_for(post: _Post) -> bool:
     """Start a post and wait until the deadline; return True if Heap accepted it.
 
-    A post that hangs, or fails slowly, must not hold up the next command as well.
+    A firewall that swallows packets must not delay each command, so a post that takes
+    longer than half a second without an answer starts the back-off.
     """
     start = time.monotonic()
     try:
@@ -1299,12 +1301,12 @@ def _start_and_wait_for(post: _Post) -> bool:
     try:
         post.join(DEADLINE)
     finally:
-        # Also where Ctrl-C ended the wait. `is_alive()` is then wrong on CPython 3.11
-        # and 3.12. What fails within half a second costs nobody anything.
+        # Ctrl-C may have ended the wait, after which `is_alive()` is wrong on CPython
+        # 3.11 and 3.12.
         status = post.status
         if status is None and time.monotonic() - start > DEADLINE / 4:
             _write_back_off()
-    # People publish their logs, which must not say who they are.
+    # People publish their logs, which must not identify them.
     masked = post.content.replace(post.identity, MASK)
     _log("Post of %s: %s", masked, post.outcome)
     return status == ACCEPTED
@@ -1313,8 +1315,8 @@ def _start_and_wait_for(post: _Post) -> bool:
 def _post(content: bytes) -> int:
     """Post an event and return the status of the answer. No redirect is followed.
 
-    These are all bytes that leave. They pass no function by which Sentry, OpenTelemetry
-    and others add headers to the requests of a process.
+    Sentry and OpenTelemetry add headers to the requests of a process, which describe
+    the user's project. So the request is written here, to the last byte.
     """
     from http.client import HTTPResponse
     from urllib.parse import urlsplit
@@ -1341,10 +1343,10 @@ def _connect(host: str) -> HTTPSConnection:
 
     folder = ssl.get_default_verify_paths().capath
     if folder is not None and _has_hash_links(folder):
-        # OpenSSL reads the one authority that it needs. To load the bundle takes 20 ms.
+        # OpenSSL reads the one authority that it needs. A whole bundle takes 20 ms.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(capath=folder)
-        # The folder may have a company's own authority, and a bundle the others.
+        # The folder may contain only a company's authority, and a bundle the others.
         with suppress(ssl.SSLCertVerificationError):
             return _open_connection(host, context)
     return _open_connection(host, _platform_context())
@@ -1360,9 +1362,9 @@ def _has_hash_links(folder: str) -> bool:
 
 
 def _platform_context() -> SSLContext:
-    """Return a context with all authorities of the platform, or else of certifi.
+    """Return a context with all authorities of the platform, or else those of certifi.
 
-    Pythons for macOS from python.org have none until their user installs them.
+    A Python for macOS from python.org has none until its user installs them.
     """
     import ssl
 
@@ -1401,8 +1403,8 @@ def _open_connection(host: str, context: SSLContext) -> HTTPSConnection:
 def _new_connection(host: str, context: SSLContext) -> HTTPSConnection:
     """Return a connection to a host through the user's proxy, if there is one.
 
-    Raises NotImplementedError for a SOCKS proxy: whoever has one wants nothing else to
-    ask a name server. `ALL_PROXY`, which requests takes as well, often is one.
+    `ALL_PROXY` counts as it does for requests. Raises NotImplementedError for a SOCKS
+    proxy: past it, a name server would learn what the user connects to.
     """
     from base64 import b64encode
     from http.client import HTTPSConnection
@@ -1424,7 +1426,7 @@ def _new_connection(host: str, context: SSLContext) -> HTTPSConnection:
     connection = HTTPSConnection(
         url.hostname or "", url.port or 80, timeout=timeout, context=context
     )
-    connection.set_tunnel(host, headers=headers)  # the proxy's, which Heap does not see
+    connection.set_tunnel(host, headers=headers)  # the proxy sees them, and not Heap
     return connection
 
 
@@ -1450,7 +1452,7 @@ def _back_off_end() -> float | None:
 
 
 class _TelemetryGroup(click.Group):
-    """A group that leads people who guess a command to the right one."""
+    """A group that leads people who guess a command to those that there are."""
 
     def resolve_command(
         self, context: click.Context, words: list[str]
@@ -1458,8 +1460,8 @@ class _TelemetryGroup(click.Group):
         try:
             return super().resolve_command(context, words)
         except click.UsageError:
-            # Somebody typed `opt-out`, `no` or `stop`. To "No such command", Kedro
-            # would add that it finds no project.
+            # The user may have typed `opt-out` or `stop`. After "No such command",
+            # Kedro would add that it finds no project.
             context.fail(
                 f"kedro telemetry has no command '{words[0]}'.\n"
                 "To opt out, run: kedro telemetry disable\n"
@@ -1549,7 +1551,7 @@ def disable() -> None:
     click.echo("To opt out of those as well, set DO_NOT_TRACK=1 in your environment.")
 
 
-# Aliases that people type, and that the help does not list
+# Words that people try; the help does not list them
 telemetry.add_command(click.Command("on", callback=enable.callback, hidden=True))
 telemetry.add_command(click.Command("off", callback=disable.callback, hidden=True))
 
@@ -1572,11 +1574,11 @@ def _write_decision(decision: str, advice: str = "") -> Path:
 
 
 def _add_telemetry_command(is_in_project: bool) -> None:
-    """Add `kedro telemetry` to Kedro's commands, after those of projects and plugins.
+    """Add `kedro telemetry` to Kedro's own commands, where Kedro looks last.
 
-    An entry point `kedro.global_commands` would make Kedro's own tests fail, which
-    count the groups of commands; and 0.9.0, whose entry points a vendored copy uses,
-    has hooks alone.
+    With an entry point in `kedro.global_commands`, Kedro's own tests would fail, as
+    they count the groups. A vendored copy has only the entry points of 0.9.0, which are
+    hooks.
     """
     from kedro.framework.cli import cli as cli_module
 
