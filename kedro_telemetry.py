@@ -1,9 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
 """Anonymised usage telemetry for Kedro: one event per command or session.
 
 The module follows the life of an event. Kedro calls the hooks, which pass the event to
-`_send`, the only way out. Below `_send` are the files and the project that several
-parts need, and then the steps of an event in order: consent, the notice, identity,
-properties, masking and the post. The commands come last.
+`_send`, the only way out. Below `_send` come helpers for files and for the project. The
+steps of an event follow in order: consent, the notice, identity, properties, masking
+and the post. The commands come last.
+
+To vendor the module, copy it beside your project's `settings.py` and write there:
+
+    from .kedro_telemetry import telemetry_hook
+
+    HOOKS = (telemetry_hook,)
 """
 
 # Imports inside functions keep Kedro's start fast: what only an event needs is imported
@@ -23,7 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,7 +61,7 @@ Read more:  {DOCUMENTATION}"""
 OPT_OUT_VARIABLES = ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY")
 # A line of a `.telemetry` file that grants consent, such as `consent: true`,
 # `CONSENT = yes` or `"consent": 'on'  # I agree`
-GRANT = r"""(?xia)            # ASCII: in Unicode, another letter than s equals S
+GRANT = r"""(?xia)            # verbose, any case, ASCII (S has a third case else)
     (["']?) consent \1        # the word, in quotes or without
     \s* [:=] \s*              # as in YAML, or as in a .env file
     (["']?) (true|yes|on|y|1) \2
@@ -84,10 +91,10 @@ KEDRO_TOOLS = (
     "None",
 )
 PUBLIC_DATASETS = ("kedro.io.", "kedro_datasets.", "kedro_datasets_experimental.")
-# The type of a dataset in full, such as `kedro.io.MemoryDataset`,
+# The class of a dataset in full, such as `kedro.io.MemoryDataset`,
 # `kedro_datasets.pandas.CSVDataset` or `kedro_datasets.pandas.csv_dataset.CSVDataset`
 PUBLIC_CLASS = r"""(?x)
-    (kedro\.io | kedro_datasets(?:_experimental)?\.\w+)   # the group
+    (kedro\.io | kedro_datasets(?:_experimental)?\.\w+)   # the package
     \. (?:(\w+)\.)?                                       # its module, often left out
     (\w+)                                                 # the class
 """
@@ -101,10 +108,11 @@ PUBLIC_VALIDATORS = (
 CUSTOM = "custom"
 MASK = "*****"
 
+HOOK_SWITCH = "DISABLE_HOOKS_FOR_PLUGINS"  # Kedro's, in `settings.py`
 PLUGIN_NAME = "kedro-telemetry"  # of this package and of its entry points
 SESSION_PLUGIN_NAME = "kedro-telemetry-session"  # in the hook manager of a session
 
-Properties = dict[str, Any]  # a value of None is left out of the event
+Properties = dict[str, Any]  # a property that is None is left out of the event
 
 logger = logging.getLogger(__name__)
 _cli_hook = HookimplMarker("kedro_cli")
@@ -115,26 +123,27 @@ _session_hook = HookimplMarker("kedro")
 
 
 class KedroTelemetryHook:
-    """Reports each command and each session. It knows only the current command.
+    """Reports each command and each session.
 
-    The hooks raise nothing: Kedro would end the user's command with a traceback.
+    The hooks raise nothing except what a signal handler of the user raises: Kedro would
+    end the command with a traceback.
     """
 
     def __init__(self) -> None:
         # pluggy takes a plugin's name from here. Where a project has a vendored copy in
         # its HOOKS, pluggy then skips the entry point, which has the same name.
         self.__name__ = PLUGIN_NAME
-        self._command: _Report | None = None  # None between commands
+        self._command_report: _Report | None = None  # None between commands
 
     @_cli_hook
     def before_command_run(self, project_metadata: Any, command_args: Any) -> None:
         """Remember the command, and add `kedro telemetry` before click looks it up."""
-        self._command = None
+        self._command_report = None
         with _log_failure("Reading the command"):
             words = [str(word) for word in command_args]
-            if words[:1] != ["telemetry"]:  # to opt out must not send an event
+            if words[:1] != ["telemetry"]:  # opting out sends no event
                 project_path = getattr(project_metadata, "project_path", None)
-                self._command = _Report(words, project_path)
+                self._command_report = _Report(words, project_path)
         with _log_failure("Adding kedro telemetry"):
             _add_telemetry_command(is_in_project=project_metadata is not None)
 
@@ -150,7 +159,7 @@ class KedroTelemetryHook:
         if _environment_consent().decision is False:
             return
         with _log_failure("Reading the session"):
-            report = self._report_for(context.project_path)
+            report = self._take_report_for(context.project_path)
             hook_manager = getattr(context, "_hook_manager", None)
             if hook_manager is None:  # the name is private; a later Kedro may drop it
                 _log("The session has no hook manager")
@@ -162,24 +171,27 @@ class KedroTelemetryHook:
     @_cli_hook
     def after_command_run(self) -> None:
         """Report the command, unless a session of it has been reported."""
-        command = self._command
-        self._command = None
-        if command is None:
+        report = self._command_report
+        self._command_report = None
+        if report is None:
             return
         try:
-            command.send("CLI command")
+            report.send("CLI command")
         except KeyboardInterrupt:
             # The command itself has ended, and Kedro must keep its exit status.
             _log("Ctrl-C ended the wait for a post")
 
-    def _report_for(self, project_path: Path) -> _Report:
-        """Return the current command if it opened the session, else a new report."""
-        command = self._command
-        if command is None or not command.may_open_session(project_path):
+    def _take_report_for(self, project_path: Path) -> _Report:
+        """Return the command's report if it opened this session, or else a new one.
+
+        Outside projects, a plugin's command may open a project by an option. Its report
+        takes over the path.
+        """
+        report = self._command_report
+        if report is None or not report.may_open_session(project_path):
             return _Report(None, project_path)
-        # Outside projects, a plugin's command may open a project by an option.
-        command.project_path = command.project_path or project_path
-        return command
+        report.project_path = report.project_path or project_path
+        return report
 
 
 class _Report:
@@ -221,7 +233,8 @@ class _Report:
 telemetry_hook = KedroTelemetryHook()
 
 
-# The functions for other packages: Kedro-Viz, Kedro's extension for VS Code, plugins
+# The functions for other packages. Kedro-Viz and Kedro's extension for VS Code import
+# the private ones, kedro-skills and other plugins `send_telemetry_event`
 
 
 def send_telemetry_event(
@@ -246,38 +259,39 @@ def send_telemetry_event(
 
 
 def _check_for_telemetry_consent(project_path: Path | None) -> bool | None:
-    """Return True for granted, False for denied, None if nobody has decided."""
+    """Return True for granted, False for denied, None if there is no decision."""
     return _find_consent(_Project(project_path)).decision
 
 
-_original_check = _check_for_telemetry_consent
+_original_check = _check_for_telemetry_consent  # before a test replaces it
 
 
 def _get_or_create_uuid() -> str:
-    """Return the user's UUID, or "" if consent is denied or it cannot be stored."""
+    """Return the user's UUID, or "" if consent is denied or there can be no UUID."""
     if _check_for_telemetry_consent(None) is False:
         return ""
     return _get_or_create_identity()
 
 
 def _get_heap_app_id() -> str:
-    """Return the id of the application at Heap that receives the events."""
+    """Return the id of Kedro's application at Heap, or of one for its development."""
     return os.environ.get("HEAP_APPID_DEV", APP_ID)
 
 
 def _get_project_properties(user_uuid: str, project_path: Path | None) -> Properties:
-    """Return the properties of every event, without `project_id` if consent is denied.
+    """Return the properties of every event, and create a missing project id.
 
-    Kedro's extension for VS Code adds them to its own events.
+    Kedro's extension for VS Code adds them to its own events. After a denial, nothing
+    is created, and `project_id` is left out.
     """
     project = _Project(project_path)
-    is_denied = _consent_for(project).decision is False
+    is_denied = _consent_unless_replaced(project).decision is False
     project_id = None if is_denied else _get_or_create_hashed_project_id(project)
     return _for_heap(_base_properties(user_uuid, project, project_id))
 
 
 def _is_valid_syntax(telemetry: Any) -> bool:
-    """Return whether a parsed `.telemetry` decides, as Kedro-Viz 7 to 9 ask."""
+    """Return whether a parsed `.telemetry` has a decision, for Kedro-Viz 7 to 9."""
     return isinstance(telemetry, dict) and isinstance(telemetry.get("consent"), bool)
 
 
@@ -290,10 +304,10 @@ def __getattr__(name: str) -> Any:
     return ProjectMetadata
 
 
-# Kedro's entry points and other packages import `kedro_telemetry.plugin` or `.api`. A
-# vendored copy takes these names, too. Kedro imports it with the project's settings,
-# before any plugin, and then never imports the release that it brought along. In a
-# process that has worked with an installed release before, that one keeps the names.
+# Kedro's entry points and other packages import `kedro_telemetry.plugin` or `.api`, and
+# mocks look these names up as attributes. A vendored copy takes them as well: Kedro
+# imports the project's settings before any plugin, and then never imports the release
+# that is installed. If that has been imported before, it keeps the names.
 plugin = api = sys.modules[__name__]
 if "kedro_telemetry.plugin" not in sys.modules:
     sys.modules["kedro_telemetry"] = plugin
@@ -315,16 +329,17 @@ class _Event(NamedTuple):
 
 
 def _send(event: _Event) -> bool:
-    """Send an event unless consent is denied; return True if Heap has accepted it.
+    """Send an event if consent allows it; return True if Heap has accepted it.
 
-    A failure costs the event and never the command. The wait is outside of the `try`:
-    what a signal handler raises there, such as Ctrl-C, belongs to the process.
+    Nothing is sent in debug mode, after TAB or in the back-off. The notice is shown if
+    the user has not decided. A failure costs the event and never the command. The wait
+    is outside the `try`: what a signal handler raises there belongs to the process.
     """
     try:
         if _is_shell_completion():
             return False
         project = _Project(event.project_path)
-        consent = _consent_for(project)
+        consent = _consent_unless_replaced(project)
         if consent.decision is False:
             _print_in_debug_mode(f"kedro-telemetry sends nothing: {consent.text}")
             return False
@@ -346,7 +361,7 @@ def _send(event: _Event) -> bool:
 
 
 def _is_shell_completion() -> bool:
-    """Return whether the user has pressed TAB in a shell.
+    """Return whether click runs to complete a line in a shell, such as after TAB.
 
     click names the variable after the program, such as `_KEDRO_COMPLETE`, or
     `_KD_COMPLETE` for a script `kd` of the user's.
@@ -368,8 +383,8 @@ def _print_in_debug_mode(text: str) -> None:
 
 def _log(message: str, *args: object) -> None:
     """Log at DEBUG, which people see only if they ask for it."""
-    # Kedro's RichHandler reads brackets as markup unless told otherwise, and raises
-    # SystemExit where standard output is closed (`kedro run | head`).
+    # Kedro's RichHandler reads brackets as markup unless `extra` turns that off, and
+    # raises SystemExit if standard output is closed (`kedro run | head`).
     try:
         logger.debug(message, *args, extra={"markup": False})
     except (Exception, SystemExit):
@@ -394,6 +409,7 @@ def _user_file(name: str) -> Path:
     Raises OSError if the user has no home folder, as some services have none.
     """
     if sys.platform == "win32":
+        # kedro-telemetry 0.9.0 has its files in kedro\\kedro.
         folder = os.path.join(os.environ.get("LOCALAPPDATA", ""), "kedro")
     elif sys.platform == "darwin":
         folder = os.path.expanduser("~/Library/Application Support")
@@ -418,7 +434,7 @@ def _read(path: Path) -> bytes | None:
     return path.read_bytes()
 
 
-def _parse_toml(content: bytes) -> Properties:
+def _parse_toml(content: bytes) -> dict[str, Any]:
     """Return a TOML document. Raises ValueError if it is not one, or not UTF-8."""
     import tomllib
 
@@ -428,7 +444,7 @@ def _parse_toml(content: bytes) -> Properties:
         raise ValueError("nested too deeply") from error
 
 
-def _table(document: Properties, *names: str) -> Properties:
+def _table(document: dict[str, Any], *names: str) -> dict[str, Any]:
     """Return the table at the path `names` in a TOML document, or {} for none."""
     found: Any = document
     for name in names:
@@ -439,9 +455,9 @@ def _table(document: Properties, *names: str) -> Properties:
 def _replace(path: Path, old: bytes | None, new: bytes) -> None:
     """Replace a file in one step, if it still contains `old` (None: if there is none).
 
-    The disk may be full, and an editor may save the file at the same moment. Owner,
-    mode, access lists, attributes and symbolic links stay. Raises OSError if the file
-    has changed, is read-only or cannot be replaced.
+    The disk may be full, and an editor may save the file at the same moment. Symbolic
+    links and the owner stay, and so do the mode, access lists and attributes where the
+    drive allows it. Raises OSError if the file has changed or cannot be replaced.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -461,12 +477,15 @@ def _replace(path: Path, old: bytes | None, new: bytes) -> None:
 
 
 def _copy_metadata(source: Path, target: Path) -> None:
-    """Copy owner, mode, access lists and attributes. Raises OSError if not possible."""
+    """Copy owner, mode and attributes to a new file. Raises OSError if read-only.
+
+    Also if the owner would change. Root can write to a read-only file, but somebody has
+    made it read-only on purpose.
+    """
     from shutil import copystat
 
     found = source.stat()
     made = target.stat()
-    # Root can write to a read-only file, but somebody has made it read-only on purpose.
     if not (found.st_mode & 0o222 and os.access(source, os.W_OK)):
         raise PermissionError("read-only")
     if (found.st_uid, found.st_gid) != (made.st_uid, made.st_gid):
@@ -477,7 +496,7 @@ def _copy_metadata(source: Path, target: Path) -> None:
 
 
 def _write_empty(path: Path) -> None:
-    """Put a new empty file at `path`, even if a `sudo kedro` has left one of root's."""
+    """Put a new empty file at `path`, even where `sudo kedro` has left root's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     path.touch()
@@ -492,7 +511,7 @@ class _Pyproject:
     def __init__(self, project_path: Path | None) -> None:
         self.path = Path(project_path or "", "pyproject.toml")
         self.content: bytes | None = None  # None if there is no such file
-        self.document: Properties = {}
+        self.document: dict[str, Any] = {}
         self.is_broken = False  # it cannot be read or parsed
         if project_path is None:
             return
@@ -522,7 +541,7 @@ class _Project:
         return self._pyproject
 
     @property
-    def kedro_table(self) -> Properties:
+    def kedro_table(self) -> dict[str, Any]:
         """What Kedro itself reads of `pyproject.toml`."""
         return _table(self.pyproject.document, "tool", "kedro")
 
@@ -545,21 +564,30 @@ def _loaded_package() -> str | None:
     return getattr(project, "PACKAGE_NAME", None)
 
 
+def _imported_folders(package: str | None) -> list[str]:
+    """Return where a package lies, in full; nothing unless it has been imported."""
+    module = sys.modules.get(package or "")
+    return [os.path.realpath(folder) for folder in getattr(module, "__path__", [])]
+
+
 def _is_imported(project: _Project) -> bool:
     """Return whether this process has imported a project's package from its folder."""
-    package = sys.modules.get(project.package or "")
-    folders = [os.path.realpath(folder) for folder in getattr(package, "__path__", [])]
-    return os.path.realpath(project.package_folder) in folders
+    return os.path.realpath(project.package_folder) in _imported_folders(
+        project.package
+    )
 
 
 def _is_running(project: _Project) -> bool:
-    """Return whether the running code is that of the project at this path.
+    """Return whether the running code may be this project's.
 
     Kedro takes the current directory for the root of a packaged project, which may run
-    in the folder of another project. A package that Kedro failed to import counts, too.
+    in the folder of another project.
     """
-    if project.package is None or project.package in sys.modules:
+    if project.package is None:
+        return False
+    if project.package in sys.modules:
         return _is_imported(project)
+    # Kedro has loaded nothing, or has failed to import this package.
     return _loaded_package() in (None, project.package)
 
 
@@ -579,10 +607,10 @@ class _Consent(NamedTuple):
         return self.reason if self.path is None else f"{self.reason}:\n{self.path}"
 
 
-NO_DECISION = _Consent(None, "on by default: nobody has opted in or out")
+NO_DECISION = _Consent(None, "on by default: no opt-out and no opt-in found")
 
 
-def _consent_for(project: _Project) -> _Consent:
+def _consent_unless_replaced(project: _Project) -> _Consent:
     """Return the consent for an event.
 
     Kedro's own tests replace `_check_for_telemetry_consent` so that nothing is sent.
@@ -629,8 +657,9 @@ def _environment_consent() -> _Consent:
 def _consent_files(project_path: Path | None) -> Iterable[Path]:
     """Return where a `.telemetry` counts.
 
-    The notice of 0.9.0 asked people to put it into the current directory. No folder
-    above is read: in a folder of an automounter (`/home`, `/net`) that takes a minute.
+    The notice of kedro-telemetry 0.9.0 asked people to put it into the current
+    directory. No folder above is read: in a folder of an automounter (`/home`, `/net`)
+    that can take a minute.
     """
     paths = []
     with _log_failure("Finding the home folder"):
@@ -679,24 +708,21 @@ def _settings_places(project: _Project) -> Iterable[tuple[str, str]]:
         places.append((project.package, os.path.realpath(project.package_folder)))
     loaded = _loaded_package()
     if loaded is not None and not _is_imported(project):
-        for folder in _package_folders(loaded):
-            places.append((loaded, os.path.realpath(folder)))
+        places += [(loaded, folder) for folder in _package_folders(loaded)]
     return dict.fromkeys(places)
 
 
-def _package_folders(package: str) -> list[Path]:
-    """Return where a package lies, without importing it."""
+def _package_folders(package: str) -> list[str]:
+    """Return where a package lies, in full, without importing it."""
     from importlib.util import find_spec
 
     if package in sys.modules:
-        return [
-            Path(folder) for folder in getattr(sys.modules[package], "__path__", [])
-        ]
+        return _imported_folders(package)
     # Its `__init__.py` has failed. find_spec("a.b") would import `a`.
     top, *names = package.split(".")
     spec = find_spec(top)
     roots = spec.submodule_search_locations if spec else None
-    return [Path(root, *names) for root in roots or []]
+    return [os.path.realpath(Path(root, *names)) for root in roots or []]
 
 
 def _settings_consent(package: str, folder: str) -> _Consent:
@@ -716,23 +742,27 @@ def _settings_consent(package: str, folder: str) -> _Consent:
     return NO_DECISION
 
 
-def _consent_of_names(names: Properties, path: Path) -> _Consent:
-    """Return what imported settings decide by their names."""
+def _consent_of_names(names: dict[str, Any], path: Path) -> _Consent:
+    """Return what imported settings decide, from the names in them."""
     for variable in OPT_OUT_VARIABLES:
         if variable in names:  # people set the variable here, too
             return _Consent(False, f"this file names {variable}", path)
-    plugins = names.get("DISABLE_HOOKS_FOR_PLUGINS", ())
-    if isinstance(plugins, str):  # ("kedro-telemetry") without a comma
-        plugins = (plugins,)
+    entries = names.get(HOOK_SWITCH, ())
+    if isinstance(entries, str):  # ("kedro-telemetry") without a comma
+        entries = (entries,)
     # A generator is not read, as Kedro could not read it again.
-    is_doubtful = not isinstance(plugins, (list, tuple, set, frozenset))
-    if is_doubtful or any(_may_name_this_plugin(plugin) for plugin in plugins):
-        return _Consent(False, "this file names DISABLE_HOOKS_FOR_PLUGINS", path)
+    is_doubtful = not isinstance(entries, (list, tuple, set, frozenset))
+    if is_doubtful or any(_may_name_this_plugin(entry) for entry in entries):
+        return _Consent(False, f"this file names {HOOK_SWITCH}", path)
     return NO_DECISION
 
 
 def _consent_of_source(path: Path) -> _Consent:
-    """Return what the source of settings decides, which is not run. Doubt is a no."""
+    """Return what the source of settings decides, without running it.
+
+    It denies if it cannot be read, or may import a name that denies. A value that it
+    computes stays unknown.
+    """
     try:
         source = _Source(_read(path) or b"")
     except Exception:  # it is unreadable, or written for another version of Python
@@ -740,24 +770,23 @@ def _consent_of_source(path: Path) -> _Consent:
     for variable in OPT_OUT_VARIABLES:
         if variable in source.words:
             return _Consent(False, f"this file names {variable}", path)
-    switch = "DISABLE_HOOKS_FOR_PLUGINS"
-    is_disabled = any(_may_name_this_plugin(text) for text in source.texts)
-    if switch in source.imports or (switch in source.words and is_disabled):
-        return _Consent(False, f"this file names {switch}", path)
+    is_named = any(_may_name_this_plugin(text) for text in source.constants)
+    if HOOK_SWITCH in source.imports or (HOOK_SWITCH in source.words and is_named):
+        return _Consent(False, f"this file names {HOOK_SWITCH}", path)
     if "*" in source.imports:  # which names that brings is unknown
         return _Consent(False, "this file imports *", path)
     return NO_DECISION
 
 
-def _may_name_this_plugin(plugin: object) -> bool:
-    """Return whether an entry of DISABLE_HOOKS_FOR_PLUGINS may be this plugin.
+def _may_name_this_plugin(entry: object) -> bool:
+    """Return whether an entry of HOOK_SWITCH may be this plugin.
 
     Names are compared as packaging normalises them: `kedro_telemetry` is this plugin,
     and `kedro-telemetry-extras` is another. A text may list several names.
     """
-    if not isinstance(plugin, str):
+    if not isinstance(entry, str):
         return True
-    names = re.findall(r"[\w.-]+", plugin)
+    names = re.findall(r"[\w.-]+", entry)
     return any(re.sub("[-_.]+", "-", name).lower() == PLUGIN_NAME for name in names)
 
 
@@ -768,24 +797,24 @@ class _Source:
         import ast
         import warnings
 
-        self.words: set[str] = set()  # all names, and all words in texts
-        self.texts: set[str] = set()
+        self.words: set[str] = set()  # all names, and all words in constants
+        self.constants: set[str] = set()  # texts in quotes
         self.imports: set[str] = set()  # what is imported, before and after `as`
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python warns of "\d" in the user's code
             tree = ast.parse(content)
         for node in ast.walk(tree):
-            # The names of a node are texts, or lists of texts, among its fields.
+            # The fields of a node that are text are names, or a text in quotes.
             fields = chain.from_iterable(
                 field if isinstance(field, list) else [field]
                 for field in vars(node).values()
             )
-            texts = [text for text in fields if isinstance(text, str)]
-            self.words.update(re.findall(r"\w+", " ".join(texts)))
+            names = [field for field in fields if isinstance(field, str)]
+            self.words.update(re.findall(r"\w+", " ".join(names)))
             if isinstance(node, ast.alias):
-                self.imports.update(texts)
+                self.imports.update(names)
             if isinstance(node, ast.Constant):
-                self.texts.update(texts)
+                self.constants.update(names)
 
 
 # The notice: for people who have not decided
@@ -833,10 +862,11 @@ def _get_or_create_identity() -> str:
         path = _user_file("telemetry.toml")
         content = _read(path)
         identity = _uuid_in(content)
-        if identity or _is_ci_env():  # each new container would count as a user
+        if identity or _is_ci_env():  # each new CI container would count as a user
             return identity
+        # Only this plugin writes the file, so one without a UUID is replaced whole.
         _replace(path, content, f'[telemetry]\nuuid = "{uuid4().hex}"\n'.encode())
-    return _stored_identity()  # another process may have been faster
+    return _stored_identity()  # which may be another process's, if that was faster
 
 
 def _stored_identity() -> str:
@@ -866,14 +896,16 @@ def _get_or_create_hashed_project_id(project: _Project) -> str | None:
     if project_id is None and not _is_ci_env():  # a CI checkout must not change
         with _log_failure("Storing a project id"):
             _add_project_id(pyproject)
-            # Another process may have been faster.
+            # The id may be another process's, if that was faster.
             project_id = _project_id_in(_Pyproject(project.path))
     if project_id is None:
         return None
-    # 0.9.0 adds the name of the package that Kedro has loaded, or this word. A web
-    # service may have loaded another project since, so the declared name comes first.
+    # As kedro-telemetry 0.9.0 does, except that a web service may have loaded another
+    # project since, so that the package that the project declares comes first.
     loaded = _loaded_package()
-    package = "undefined_package_name" if loaded is None else project.package or loaded
+    package = "undefined_package_name"
+    if loaded is not None:
+        package = project.package or loaded
     return sha512(f"{project_id}{package}".encode()).hexdigest()
 
 
@@ -907,11 +939,11 @@ def _add_project_id(pyproject: _Pyproject) -> None:
 # Properties: what an event reports
 
 
-def _create_body(event: _Event, project: _Project) -> Properties:
+def _create_body(event: _Event, project: _Project) -> dict[str, Any]:
     """Return an event as Heap receives it, and create the ids that are missing."""
     from datetime import UTC, datetime
 
-    # A session belongs to the running code. A plugin gives the path that it means.
+    # Kedro's own events belong to the running code. A plugin names its project itself.
     if event.properties is None and not _is_running(project):
         project = _Project(None)
     identity = _get_or_create_identity()
@@ -969,7 +1001,7 @@ def _base_properties(
 
 def _kedro_version() -> str | None:
     """Return the version of Kedro, None if Kedro cannot be imported."""
-    # Kedro raises a warning on a Python that is newer than itself.
+    # On a Python that Kedro does not support yet, it raises a warning as an exception.
     with _log_failure("Importing Kedro"):
         from kedro import __version__ as version
 
@@ -987,7 +1019,10 @@ def _public_tools(written: object) -> str | None:
 
     Kedro writes `"['Linting', 'Testing']"`. People also write the names of clients.
     """
-    names = [name.strip() for name in re.split(r"[][,'\"]", str(written))]
+    brackets_commas_and_quotes = r"[][,'\"]"
+    names = [
+        name.strip() for name in re.split(brackets_commas_and_quotes, str(written))
+    ]
     return ", ".join(name for name in names if name in KEDRO_TOOLS) or None
 
 
@@ -1093,13 +1128,13 @@ def _class_in_sources(dotted_name: str) -> str | None:
     match = re.fullmatch(PUBLIC_CLASS, dotted_name)
     if match is None:
         return None
-    group, module, name = match.groups()
-    package, _, folder = group.partition(".")
-    roots = getattr(find_spec(package), "submodule_search_locations", None)
+    package, module, name = match.groups()
+    top, _, folder = package.partition(".")
+    roots = getattr(find_spec(top), "submodule_search_locations", None)
     for root in roots or []:
         for file in Path(root, folder).glob(f"{module or '*'}.py"):
             if f"\nclass {name}(".encode() in file.read_bytes():
-                return f"{group}.{file.stem}.{name}"
+                return f"{package}.{file.stem}.{name}"
     return None
 
 
@@ -1128,7 +1163,7 @@ def _mask(words: list[str]) -> list[str]:
     if not commands and rest and rest[0] not in options:
         return [MASK]  # a project's own command: not even the number of words is sent
     masked = words[: len(commands)]
-    for previous, word in zip(["", *rest], rest, strict=False):
+    for previous, word in pairwise(["", *rest]):
         is_starter = previous in options and _is_official_starter(previous, word)
         masked.append(word if word in options or is_starter else MASK)
     return masked
@@ -1148,7 +1183,7 @@ def _known_commands(words: list[str]) -> list[click.Command]:
 
 
 def _kedro_groups() -> list[click.Group]:
-    """Return Kedro's groups of commands, which are all names in its CLI module."""
+    """Return Kedro's groups of commands, all of which have a name in its CLI module."""
     from kedro.framework.cli import cli as cli_module
 
     groups = vars(cli_module).values()
@@ -1163,10 +1198,8 @@ def _plugin_groups() -> Iterator[Any]:
         for entry_point in entry_points(group=name):
             if entry_point.module not in sys.modules:
                 continue  # Kedro could not import it
-            group = None
             with _log_failure("Loading a plugin's commands"):
-                group = entry_point.load()
-            yield group
+                yield entry_point.load()
 
 
 def _find_command(groups: Iterable[Any], name: str) -> click.Command | None:
@@ -1179,9 +1212,9 @@ def _find_command(groups: Iterable[Any], name: str) -> click.Command | None:
             # click-default-group answers to any word with one of its commands.
             if command and command.name == name and _is_public(command, group):
                 return command
-        # A plugin may import a command when it is asked for, which may even exit. The
-        # last command may be no group.
         except (Exception, SystemExit) as error:
+            # A plugin may import the command now, and exit. A command that is no group
+            # has no `get_command`.
             _log("Looking up a command failed: %s", type(error).__name__)
     return None
 
@@ -1211,9 +1244,8 @@ def _source_file(command: click.Command) -> Path | None:
 
 def _is_in_package(file: Path | None, package: str | None) -> bool:
     """Return whether a file belongs to a package that has been imported."""
-    folders = getattr(sys.modules.get(package or ""), "__path__", [])
-    parents = file.parents if file else []
-    return any(Path(folder).resolve() in parents for folder in folders)
+    folders = _imported_folders(package)
+    return file is not None and any(file.is_relative_to(folder) for folder in folders)
 
 
 def _option_names(commands: list[click.Command]) -> set[str]:
@@ -1260,7 +1292,7 @@ class _Post(threading.Thread):
     # cannot store the file `telemetry.backoff`.
     back_off_start = 0.0
 
-    def __init__(self, body: Properties) -> None:
+    def __init__(self, body: dict[str, Any]) -> None:
         from importlib import import_module
         from importlib.util import find_spec
 
@@ -1269,6 +1301,7 @@ class _Post(threading.Thread):
         self.content = json.dumps(body)
         self.status: int | None = None  # None until Heap has answered
         self.outcome = "no answer in time"
+        # All that `run` imports or looks up, and what Python itself needs for a host.
         for name in ("encodings.idna", "http.client", "ssl", "urllib.request"):
             import_module(name)
         if find_spec("certifi"):
@@ -1283,7 +1316,7 @@ class _Post(threading.Thread):
             self.status = _post(self.content.encode())
             self.outcome = str(self.status)
         except Exception as error:
-            self.outcome = type(error).__name__  # its text may hold a proxy's password
+            self.outcome = type(error).__name__  # its text may name a proxy's password
 
 
 def _start_and_wait_for(post: _Post) -> bool:
@@ -1301,10 +1334,10 @@ def _start_and_wait_for(post: _Post) -> bool:
     try:
         post.join(DEADLINE)
     finally:
-        # Ctrl-C may have ended the wait, after which `is_alive()` is wrong on CPython
-        # 3.11 and 3.12.
+        # Not `post.is_alive()`, which is wrong after Ctrl-C on CPython 3.11 and 3.12
         status = post.status
-        if status is None and time.monotonic() - start > DEADLINE / 4:
+        half_a_second = DEADLINE / 4
+        if status is None and time.monotonic() - start > half_a_second:
             _write_back_off()
     # People publish their logs, which must not identify them.
     masked = post.content.replace(post.identity, MASK)
@@ -1338,11 +1371,11 @@ def _post(content: bytes) -> int:
 
 
 def _connect(host: str) -> HTTPSConnection:
-    """Return a connection to a host that the platform trusts, after the handshake."""
+    """Connect to a host, and verify it by the authorities that the platform trusts."""
     import ssl
 
-    folder = ssl.get_default_verify_paths().capath
-    if folder is not None and _has_hash_links(folder):
+    folder = _certificate_folder()
+    if folder is not None:
         # OpenSSL reads the one authority that it needs. A whole bundle takes 20 ms.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(capath=folder)
@@ -1352,13 +1385,19 @@ def _connect(host: str) -> HTTPSConnection:
     return _open_connection(host, _platform_context())
 
 
-def _has_hash_links(folder: str) -> bool:
-    """Return whether OpenSSL finds certificates in a folder, such as `1a2b3c4d.0`."""
+def _certificate_folder() -> str | None:
+    """Return the folder where OpenSSL looks for certificates, None if it finds none.
+
+    It finds them by names such as `1a2b3c4d.0`.
+    """
+    import ssl
+
+    folder = ssl.get_default_verify_paths().capath
     is_hash_link = re.compile(r"[0-9a-f]{8}\.\d+").fullmatch
-    try:
-        return any(is_hash_link(name) for name in os.listdir(folder))
-    except OSError:
-        return False
+    with suppress(OSError):  # a folder that cannot be listed is none
+        if folder and any(is_hash_link(name) for name in os.listdir(folder)):
+            return folder
+    return None
 
 
 def _platform_context() -> SSLContext:
@@ -1371,20 +1410,22 @@ def _platform_context() -> SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_default_certs()
     certifi = sys.modules.get("certifi")
-    if certifi and not os.environ.get("SSL_CERT_FILE") and not _trusts_anybody(context):
+    if (
+        certifi
+        and not os.environ.get("SSL_CERT_FILE")
+        and not _has_authorities(context)
+    ):
         context.load_verify_locations(certifi.where())
     return context
 
 
-def _trusts_anybody(context: SSLContext) -> bool:
-    import ssl
-
-    folder = ssl.get_default_verify_paths().capath
+def _has_authorities(context: SSLContext) -> bool:
+    """Return whether a context trusts any authority."""
     try:
-        has_authorities = context.cert_store_stats()["x509_ca"] > 0
+        is_bundle_loaded = context.cert_store_stats()["x509_ca"] > 0
     except NotImplementedError:  # truststore, which asks the system
         return True
-    return has_authorities or (folder is not None and _has_hash_links(folder))
+    return is_bundle_loaded or _certificate_folder() is not None
 
 
 def _open_connection(host: str, context: SSLContext) -> HTTPSConnection:
@@ -1403,21 +1444,21 @@ def _open_connection(host: str, context: SSLContext) -> HTTPSConnection:
 def _new_connection(host: str, context: SSLContext) -> HTTPSConnection:
     """Return a connection to a host through the user's proxy, if there is one.
 
-    `ALL_PROXY` counts as it does for requests. Raises NotImplementedError for a SOCKS
-    proxy: past it, a name server would learn what the user connects to.
+    `ALL_PROXY` counts, as it does for requests. Raises NotImplementedError for a SOCKS
+    proxy: its users want no direct connection, and no name server to learn of it.
     """
     from base64 import b64encode
     from http.client import HTTPSConnection
     from urllib.parse import unquote, urlsplit
     from urllib.request import getproxies, proxy_bypass
 
-    timeout = 2 * DEADLINE  # of each operation, so that a post that is given up ends
+    timeout = 2 * DEADLINE  # for each operation: a post that is given up ends, too
     proxies = getproxies()
     proxy = proxies.get("https") or proxies.get("all")
     if not proxy or proxy_bypass(host):
         return HTTPSConnection(host, timeout=timeout, context=context)
     url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    if url.scheme not in ("http", "https"):
+    if url.scheme not in ("http", "https"):  # people write either for the same proxy
         raise NotImplementedError("a SOCKS proxy")
     headers = {}
     if url.username is not None:
@@ -1452,7 +1493,7 @@ def _back_off_end() -> float | None:
 
 
 class _TelemetryGroup(click.Group):
-    """A group that leads people who guess a command to those that there are."""
+    """A group that names its commands when a user guesses a wrong one."""
 
     def resolve_command(
         self, context: click.Context, words: list[str]
@@ -1519,10 +1560,11 @@ def _print_field(label: str, text: str) -> None:
 
 def _status_help(is_on: bool) -> str:
     """Return what the user can do next."""
-    word, other = ("out", "disable") if is_on else ("in", "enable")
+    opt = "Opt out for all your projects:" if is_on else "Opt in for all your projects:"
+    command = "disable" if is_on else "enable"
     return f"""
 See an event without sending it:  KEDRO_TELEMETRY_DEBUG=1 kedro info
-Opt {word} for all your projects:{"" if is_on else " "}    kedro telemetry {other}
+{opt:34}kedro telemetry {command}
 Opt out for this project alone:   write the line `consent: false`
                                   into the file .telemetry in its root
 Read more:  {DOCUMENTATION}"""
@@ -1577,8 +1619,8 @@ def _add_telemetry_command(is_in_project: bool) -> None:
     """Add `kedro telemetry` to Kedro's own commands, where Kedro looks last.
 
     With an entry point in `kedro.global_commands`, Kedro's own tests would fail, as
-    they count the groups. A vendored copy has only the entry points of 0.9.0, which are
-    hooks.
+    they count the groups. A vendored copy has only the entry points of kedro-telemetry
+    0.9.0, which are hooks.
     """
     from kedro.framework.cli import cli as cli_module
 
