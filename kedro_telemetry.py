@@ -1498,16 +1498,15 @@ class _TelemetryGroup(click.Group):
     def resolve_command(
         self, context: click.Context, words: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        try:
-            return super().resolve_command(context, words)
-        except click.UsageError:
-            # The user may have typed `opt-out` or `stop`. After "No such command",
-            # Kedro would add that it finds no project.
+        # The user may have typed `opt-out` or `stop`. After click's "No such command",
+        # Kedro would add that it finds no project.
+        if self.get_command(context, words[0]) is None:
             context.fail(
                 f"kedro telemetry has no command '{words[0]}'.\n"
                 "To opt out, run: kedro telemetry disable\n"
                 "To opt in, run:  kedro telemetry enable"
             )
+        return super().resolve_command(context, words)
 
 
 @click.group(
