@@ -409,7 +409,7 @@ def _user_file(name: str) -> Path:
     Raises OSError if the user has no home folder, as some services have none.
     """
     if sys.platform == "win32":
-        # kedro-telemetry 0.9.0 has its files in kedro\\kedro.
+        # kedro-telemetry 0.9.0 has its files in kedro\kedro.
         folder = os.path.join(os.environ.get("LOCALAPPDATA", ""), "kedro")
     elif sys.platform == "darwin":
         folder = os.path.expanduser("~/Library/Application Support")
