@@ -483,6 +483,7 @@ def _copy_metadata(source: Path, target: Path) -> None:
     made it read-only on purpose.
     """
     from shutil import copystat
+    from stat import S_IMODE
 
     found = source.stat()
     made = target.stat()
@@ -490,8 +491,11 @@ def _copy_metadata(source: Path, target: Path) -> None:
         raise PermissionError("read-only")
     if (found.st_uid, found.st_gid) != (made.st_uid, made.st_gid):
         os.chown(target, found.st_uid, found.st_gid)
-    # Mounted drives (WSL, Azure Files) may refuse any change of a mode.
-    with _log_failure("Copying the mode of a file"):
+    # Mounted drives (WSL, Azure Files) may refuse any change of a mode or attribute.
+    if found.st_mode != made.st_mode:
+        with _log_failure("Copying the mode of a file"):
+            target.chmod(S_IMODE(found.st_mode))
+    with _log_failure("Copying the attributes of a file"):
         copystat(source, target)
 
 
@@ -706,6 +710,9 @@ def _settings_places(project: _Project) -> Iterable[tuple[str, str]]:
     places = []
     if project.package is not None:
         places.append((project.package, os.path.realpath(project.package_folder)))
+        # A package that is installed may lie elsewhere than in the project's folder.
+        installed = _imported_folders(project.package)
+        places += [(project.package, folder) for folder in installed]
     loaded = _loaded_package()
     if loaded is not None and not _is_imported(project):
         places += [(loaded, folder) for folder in _package_folders(loaded)]
@@ -732,9 +739,8 @@ def _settings_consent(package: str, folder: str) -> _Consent:
     project. Kedro itself carries on without settings that it failed to import.
     """
     module = sys.modules.get(f"{package}.settings")
-    file = getattr(module, "__file__", None)
-    if file and Path(os.path.realpath(file)).is_relative_to(folder):
-        return _consent_of_names(vars(module), Path(file))
+    if module is not None and folder in _imported_folders(package):
+        return _consent_of_names(vars(module), Path(folder, "settings.py"))
     for path in (Path(folder, "settings.py"), Path(folder, "settings", "__init__.py")):
         consent = _consent_of_source(path)
         if consent.decision is False:
@@ -795,15 +801,14 @@ class _Source:
 
     def __init__(self, content: bytes) -> None:
         import ast
-        import warnings
 
         self.words: set[str] = set()  # all names, and all words in constants
         self.constants: set[str] = set()  # texts in quotes
         self.imports: set[str] = set()  # what is imported, before and after `as`
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python warns of "\d" in the user's code
-            tree = ast.parse(content)
-        for node in ast.walk(tree):
+        # Python warns of an unknown escape such as "\d". A filter for warnings would
+        # act on the user's threads, too, so each escape becomes a known one.
+        known = re.sub(rb"\\[^\r\n]", rb"\\\\", content)
+        for node in ast.walk(ast.parse(known)):
             # The fields of a node that are text are names, or a text in quotes.
             fields = chain.from_iterable(
                 field if isinstance(field, list) else [field]
@@ -1442,32 +1447,31 @@ def _open_connection(host: str, context: SSLContext) -> HTTPSConnection:
 
 
 def _new_connection(host: str, context: SSLContext) -> HTTPSConnection:
-    """Return a connection to a host through the user's proxy, if there is one.
+    """Return a connection to a host, through the user's proxy as urllib finds it.
 
-    `ALL_PROXY` counts, as it does for requests. Raises NotImplementedError for a SOCKS
-    proxy: its users want no direct connection, and no name server to learn of it.
+    `ALL_PROXY` counts, too, as it does for requests. Raises NotImplementedError for a
+    SOCKS proxy: its users want no direct connection, and no name server to learn of it.
     """
-    from base64 import b64encode
     from http.client import HTTPSConnection
-    from urllib.parse import unquote, urlsplit
-    from urllib.request import getproxies, proxy_bypass
+    from urllib.request import ProxyHandler, Request, getproxies
 
-    timeout = 2 * DEADLINE  # for each operation: a post that is given up ends, too
+    request = Request(ENDPOINT)
     proxies = getproxies()
     proxy = proxies.get("https") or proxies.get("all")
-    if not proxy or proxy_bypass(host):
-        return HTTPSConnection(host, timeout=timeout, context=context)
-    url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    if url.scheme not in ("http", "https"):  # people write either for the same proxy
+    if proxy:  # unless NO_PROXY has the host, the proxy takes its place in the request
+        ProxyHandler({}).proxy_open(request, proxy, "https")
+    is_proxied = request.host != host
+    scheme, separator, _ = proxy.partition("://") if proxy else ("", "", "")
+    if is_proxied and separator and scheme.lower() not in ("http", "https"):
         raise NotImplementedError("a SOCKS proxy")
-    headers = {}
-    if url.username is not None:
-        login = f"{unquote(url.username)}:{unquote(url.password or '')}"
-        headers["Proxy-Authorization"] = f"Basic {b64encode(login.encode()).decode()}"
-    connection = HTTPSConnection(
-        url.hostname or "", url.port or 80, timeout=timeout, context=context
-    )
-    connection.set_tunnel(host, headers=headers)  # the proxy sees them, and not Heap
+    if not request.host:
+        raise ValueError("a proxy without a name")
+    # The time-out is for each operation: a post that is given up ends, too.
+    timeout = 2 * DEADLINE
+    connection = HTTPSConnection(request.host, timeout=timeout, context=context)
+    if is_proxied:  # the headers are for the proxy, with the user's password for it
+        headers = {name.title(): value for name, value in request.header_items()}
+        connection.set_tunnel(host, headers=headers)
     return connection
 
 

@@ -1372,7 +1372,11 @@ IN_SOURCE = [
     ("import gone", None),
     ("raise SystemExit", None),
     ("PATTERN = '\\d'", None),
-    ("X = 1if True else 2", None),
+    ("PATTERN = '\\\\d'", None),
+    ("PATTERN = r'\\'DO_NOT_TRACK'", False),
+    ("PATTERN = '\\\\'; DO_NOT_TRACK = 1", False),
+    ("X = 1 + \\\n    2", None),
+    ("X = 1 + \\\r\n    2", None),
     ("from .kedro_telemetry import x\nDISABLE_HOOKS_FOR_PLUGINS = ()", None),
     ("DISABLE = 'kedro-telemetry'", None),
     ("import os\nos.environ['DO_NOT_TRACK'] = '1'", False),
@@ -1470,6 +1474,27 @@ def test_settings_of_another_folder_do_not_stand_in_for_a_projects_own(
     import_settings(project)
     assert consent(project) is None
     assert consent(copied) is False
+
+
+def test_settings_of_an_installed_package_are_found_beside_its_project(
+    project, tmp_path
+):
+    (project / "src").rename(tmp_path / "site")
+    text = "KEDRO_DISABLE_TELEMETRY = True\n"
+    write(tmp_path / "site/spaceships/settings.py", text)
+    sys.path.insert(0, str(tmp_path / "site"))
+    assert consent(project) is None
+    import_module("spaceships")
+    assert consent(project) is False
+
+
+@posix
+def test_imported_settings_may_be_a_link(project, tmp_path):
+    (project / SETTINGS).unlink()
+    text = "globals()['DO_NOT' + '_TRACK'] = 1\n"
+    (project / SETTINGS).symlink_to(write(tmp_path / "shared.py", text))
+    import_settings(project)
+    assert consent(project) is False
 
 
 def test_a_package_that_cannot_be_imported_is_not_run_again(project, heap, capfd):
@@ -1588,7 +1613,10 @@ def test_the_notice_is_shown_once_in_a_real_terminal(heap, config):
     pty = pytest.importorskip("pty")
     command = [sys.executable, "-m", "kedro", "--version"]
     for is_shown in (True, False):
-        screen, terminal = pty.openpty()
+        try:
+            screen, terminal = pty.openpty()
+        except OSError:
+            pytest.skip("this machine has no more terminals")
         subprocess.run(command, stderr=terminal, check=True, timeout=60)
         os.write(terminal, b"END\n")
         shown = os.read(screen, 9999).decode()
@@ -2465,8 +2493,26 @@ def test_a_proxy_for_https_comes_before_one_for_all(heap, monkeypatch):
     assert send_telemetry_event("x") is True
 
 
+@pytest.mark.parametrize(
+    ("proxy", "address"),
+    [
+        ("http://alice:#secret@proxy.example:3128", ("proxy.example", 3128)),
+        ("http://alice:12/3@proxy.example:3128", ("proxy.example", 3128)),
+        ("//proxy.example:3128", ("proxy.example", 3128)),
+        ("https://proxy.example", ("proxy.example", 443)),
+        ("http://", None),
+        ("http://alice:secret@", None),
+    ],
+)
+def test_a_proxy_is_found_as_urllib_finds_it(proxy, address, no_network, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    assert send_telemetry_event("x") is False
+    called = [call.args[:2] for call in no_network.call_args_list]
+    assert called == ([address] if address else [])
+
+
 @pytest.mark.parametrize("name", PROXY_VARIABLES)
-@pytest.mark.parametrize("scheme", ["socks5", "socks5h", "socks4", "socks"])
+@pytest.mark.parametrize("scheme", ["socks5", "SOCKS5h", "socks4", "socks"])
 def test_past_a_SOCKS_proxy_nothing_is_contacted(
     name, scheme, no_network, log, config, monkeypatch
 ):
@@ -2915,6 +2961,16 @@ def test_extended_attributes_of_a_file_stay(new_project):
 
 
 REFUSED = Mock(side_effect=PermissionError(1, "Operation not permitted"))
+
+
+def test_the_mode_of_a_file_stays_where_a_drive_refuses_a_time(
+    new_project, monkeypatch
+):
+    path = new_project / "pyproject.toml"
+    path.chmod(0o600)
+    monkeypatch.setattr(os, "utime", REFUSED)
+    assert "project_id" in base_properties(new_project)
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("call", ["chown", "chmod", "utime"])
