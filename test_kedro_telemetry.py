@@ -1352,6 +1352,7 @@ IN_ANY_SETTINGS = [
     ("DISABLE_HOOKS_FOR_PLUGINS = ('kedro-viz', 'kedro-telemetry-extras')", None),
     ("DISABLE_HOOKS_FOR_PLUGINS = ('telemetry', 'my-kedro-telemetry')", None),
     ("DISABLE_HOOKS_FOR_PLUGINS = ('kedro-telemetry',)", False),
+    ("DISABLE_HOOKS_FOR_PLUGINS = 'kedro-viz'", None),
     ("DISABLE_HOOKS_FOR_PLUGINS = 'kedro-telemetry'", False),
     ("DISABLE_HOOKS_FOR_PLUGINS = 'kedro-viz, kedro-telemetry'", False),
     ("DISABLE_HOOKS_FOR_PLUGINS = 'kedro-viz kedro_telemetry'.split()", False),
