@@ -587,8 +587,6 @@ def _is_running(project: _Project) -> bool:
     Kedro takes the current directory for the root of a packaged project, which may run
     in the folder of another project.
     """
-    if project.package is None:
-        return False
     if project.package in sys.modules:
         return _is_imported(project)
     # Kedro has loaded nothing, or has failed to import this package.

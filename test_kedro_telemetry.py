@@ -1489,6 +1489,12 @@ def test_settings_of_an_installed_package_are_found_beside_its_project(
     assert consent(project) is False
 
 
+def test_settings_of_an_unknown_kind_deny_consent(project, monkeypatch):
+    import_settings(project)
+    monkeypatch.setitem(sys.modules, "spaceships.settings", 5)
+    assert consent(project) is False
+
+
 @posix
 def test_imported_settings_may_be_a_link(project, tmp_path):
     (project / SETTINGS).unlink()
