@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Anonymised usage telemetry for Kedro: one event per command or session.
 
-The module follows the life of an event. Kedro calls the hooks, which pass the event to
-`_send`, the only way out. Below `_send` come helpers for files and for the project. The
-steps of an event follow in order: consent, the notice, identity, properties, masking
-and the post. The commands come last.
+The module follows the life of an event. Kedro calls the hooks, and other packages call
+the functions after them. Every event passes through `_send`. Then come helpers for
+files and the project, and the steps of an event: consent, the notice, identity,
+properties, masking and the post. The commands come last.
 
 To vendor the module, copy it beside your project's `settings.py` and write there:
 
     from .kedro_telemetry import telemetry_hook
 
     HOOKS = (telemetry_hook,)
+
+Keep kedro-telemetry installed: its entry points then call the copy. Without it, the
+copy reports sessions only, and there is no `kedro telemetry`.
 """
 
 # Imports inside functions keep Kedro's start fast: what only an event needs is imported
@@ -61,7 +64,7 @@ Read more:  {DOCUMENTATION}"""
 OPT_OUT_VARIABLES = ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY")
 # A line of a `.telemetry` file that grants consent, such as `consent: true`,
 # `CONSENT = yes` or `"consent": 'on'  # I agree`
-GRANT = r"""(?xia)            # verbose, any case, ASCII (S has a third case else)
+GRANT = r"""(?xia)            # verbose, any case, ASCII letters only
     (["']?) consent \1        # the word, in quotes or without
     \s* [:=] \s*              # as in YAML, or as in a .env file
     (["']?) (true|yes|on|y|1) \2
@@ -90,6 +93,7 @@ KEDRO_TOOLS = (
     "Kedro Viz",
     "None",
 )
+# Classes may be sent by name if they are in these packages, which PUBLIC_CLASS repeats.
 PUBLIC_DATASETS = ("kedro.io.", "kedro_datasets.", "kedro_datasets_experimental.")
 # The class of a dataset in full, such as `kedro.io.MemoryDataset`,
 # `kedro_datasets.pandas.CSVDataset` or `kedro_datasets.pandas.csv_dataset.CSVDataset`
@@ -107,6 +111,8 @@ PUBLIC_VALIDATORS = (
 )
 CUSTOM = "custom"
 MASK = "*****"
+COMMAND_EVENT = "CLI command"
+SESSION_EVENT = "Kedro Project Statistics"
 
 HOOK_SWITCH = "DISABLE_HOOKS_FOR_PLUGINS"  # Kedro's, in `settings.py`
 PLUGIN_NAME = "kedro-telemetry"  # of this package and of its entry points
@@ -125,26 +131,27 @@ _session_hook = HookimplMarker("kedro")
 class KedroTelemetryHook:
     """Reports each command and each session.
 
-    The hooks raise nothing except what a signal handler of the user raises: Kedro would
-    end the command with a traceback.
+    The hooks raise only what the user's own signal handlers raise. Any other exception
+    would make Kedro end the command with a traceback.
     """
 
     def __init__(self) -> None:
         # pluggy takes a plugin's name from here. Where a project has a vendored copy in
         # its HOOKS, pluggy then skips the entry point, which has the same name.
         self.__name__ = PLUGIN_NAME
-        self._command_report: _Report | None = None  # None between commands
+        # None between commands, and during `kedro telemetry`
+        self._command_report: _Report | None = None
 
     @_cli_hook
     def before_command_run(self, project_metadata: Any, command_args: Any) -> None:
         """Remember the command, and add `kedro telemetry` before click looks it up."""
         self._command_report = None
-        with _log_failure("Reading the command"):
+        with _suppress_and_log("Reading the command"):
             words = [str(word) for word in command_args]
-            if words[:1] != ["telemetry"]:  # opting out sends no event
+            if words[:1] != ["telemetry"]:  # `kedro telemetry` itself sends no event
                 project_path = getattr(project_metadata, "project_path", None)
                 self._command_report = _Report(words, project_path)
-        with _log_failure("Adding kedro telemetry"):
+        with _suppress_and_log("Adding kedro telemetry"):
             _add_telemetry_command(is_in_project=project_metadata is not None)
 
     @_session_hook
@@ -158,12 +165,12 @@ class KedroTelemetryHook:
         # CI jobs and clusters that opt out by a variable should pay for nothing else.
         if _environment_consent().decision is False:
             return
-        with _log_failure("Reading the session"):
-            report = self._take_report_for(context.project_path)
+        with _suppress_and_log("Reading the session"):
+            report = self._assign_report(context.project_path)
             hook_manager = getattr(context, "_hook_manager", None)
             if hook_manager is None:  # the name is private; a later Kedro may drop it
                 _log("The session has no hook manager")
-                report.send("Kedro Project Statistics")
+                report.send(SESSION_EVENT)
             elif not hook_manager.has_plugin(SESSION_PLUGIN_NAME):
                 # `kedro server start` creates a context for each request of a session.
                 hook_manager.register(report, SESSION_PLUGIN_NAME)
@@ -176,19 +183,19 @@ class KedroTelemetryHook:
         if report is None:
             return
         try:
-            report.send("CLI command")
+            report.send(COMMAND_EVENT)
         except KeyboardInterrupt:
             # The command itself has ended, and Kedro must keep its exit status.
             _log("Ctrl-C ended the wait for a post")
 
-    def _take_report_for(self, project_path: Path) -> _Report:
-        """Return the command's report if it opened this session, or else a new one.
+    def _assign_report(self, project_path: Path) -> _Report:
+        """Return the report that covers a session: the command's, or else a new one.
 
-        Outside projects, a plugin's command may open a project by an option. Its report
-        takes over the path.
+        A plugin's command that runs outside projects may open one by an option. Its
+        report then gets the project's path.
         """
         report = self._command_report
-        if report is None or not report.may_open_session(project_path):
+        if report is None or not report.may_have_opened(project_path):
             return _Report(None, project_path)
         report.project_path = report.project_path or project_path
         return report
@@ -205,23 +212,23 @@ class _Report:
         self.project_path = project_path  # None outside of projects
         self._is_sent = False
 
-    def may_open_session(self, project_path: Path) -> bool:
-        """Return whether a session at this path belongs to the command's project."""
-        if self.project_path is None:
-            return True
-        if os.path.realpath(self.project_path) == os.path.realpath(project_path):
-            return True
-        # kedro-auto-catalog passes a package's name where Kedro takes a path.
-        return not Path(project_path, "pyproject.toml").exists()
+    def may_have_opened(self, project_path: Path) -> bool:
+        """Return whether this command may have opened a session at this path."""
+        return (
+            self.project_path is None
+            or os.path.realpath(self.project_path) == os.path.realpath(project_path)
+            # kedro-auto-catalog passes a package's name where Kedro takes a path.
+            or not Path(project_path, "pyproject.toml").exists()
+        )
 
     @_session_hook
     def after_catalog_created(self, catalog: Any) -> None:
         """Report the session, with the catalog as Kedro made it.
 
-        pluggy calls the hooks that were registered last first, so this one comes before
-        the user's hooks, which may add datasets.
+        pluggy calls the last registered hook first, so this one runs before the user's
+        hooks, which may add datasets.
         """
-        self.send("Kedro Project Statistics", catalog)
+        self.send(SESSION_EVENT, catalog)
 
     def send(self, event_name: str, catalog: Any = None) -> None:
         """Send one event, the first time only, whether or not Heap receives it."""
@@ -251,10 +258,12 @@ def send_telemetry_event(
         project_path: The root of the project that the event belongs to, if any.
 
     Returns:
-        True if Heap has accepted the event. The function waits for this for two
-        seconds at most, and raises nothing except what your own signal handlers raise.
+        True if Heap has accepted the event. The function waits at most two seconds.
+
+    It may print the notice and store a missing UUID or project id. It raises only what
+    your own signal handlers raise.
     """
-    own = {} if properties is None else properties
+    own = {} if properties is None else properties  # None is for Kedro's own events
     return _send(_Event(event_name, project_path, properties=own))
 
 
@@ -263,7 +272,7 @@ def _check_for_telemetry_consent(project_path: Path | None) -> bool | None:
     return _find_consent(_Project(project_path)).decision
 
 
-_original_check = _check_for_telemetry_consent  # before a test replaces it
+_original_check = _check_for_telemetry_consent  # Kedro's tests replace the function
 
 
 def _get_or_create_uuid() -> str:
@@ -285,7 +294,7 @@ def _get_project_properties(user_uuid: str, project_path: Path | None) -> Proper
     is created, and `project_id` is left out.
     """
     project = _Project(project_path)
-    is_denied = _consent_unless_replaced(project).decision is False
+    is_denied = _event_consent(project).decision is False
     project_id = None if is_denied else _get_or_create_hashed_project_id(project)
     return _for_heap(_base_properties(user_uuid, project, project_id))
 
@@ -304,10 +313,10 @@ def __getattr__(name: str) -> Any:
     return ProjectMetadata
 
 
-# Kedro's entry points and other packages import `kedro_telemetry.plugin` or `.api`, and
-# mocks look these names up as attributes. A vendored copy takes them as well: Kedro
-# imports the project's settings before any plugin, and then never imports the release
-# that is installed. If that has been imported before, it keeps the names.
+# Kedro's entry points and other packages import `kedro_telemetry.plugin` and `.api`. A
+# vendored copy registers itself under these names: Kedro imports the project's settings
+# before its plugins, and so never imports the installed release. If that has already
+# been imported, it keeps the names. `mock.patch` looks them up as attributes, too.
 plugin = api = sys.modules[__name__]
 if "kedro_telemetry.plugin" not in sys.modules:
     sys.modules["kedro_telemetry"] = plugin
@@ -331,27 +340,29 @@ class _Event(NamedTuple):
 def _send(event: _Event) -> bool:
     """Send an event if consent allows it; return True if Heap has accepted it.
 
-    Nothing is sent in debug mode, after TAB or in the back-off. The notice is shown if
-    the user has not decided. A failure costs the event and never the command. The wait
-    is outside the `try`: what a signal handler raises there belongs to the process.
+    Nothing is sent after TAB, in the back-off or in debug mode. Debug mode still shows
+    the notice and stores missing ids. A failure loses the event, and never the command.
+    The wait is outside the `try`, so that what the user's signal handlers raise
+    meanwhile reaches the user.
     """
     try:
         if _is_shell_completion():
             return False
         project = _Project(event.project_path)
-        consent = _consent_unless_replaced(project)
+        consent = _event_consent(project)
         if consent.decision is False:
-            _print_in_debug_mode(f"kedro-telemetry sends nothing: {consent.text}")
+            if _is_debug_mode():
+                click.echo(f"kedro-telemetry sends nothing: {consent.text}", err=True)
             return False
         if _back_off_end() is not None and not _is_debug_mode():
-            _log("A post was left out, as the last one failed slowly")
+            _log("An event was left out, as Heap did not answer the last one in time")
             return False
         if consent.decision is None:
             _show_notice()
         body = _create_body(event, project)
         if _is_debug_mode():
             text = json.dumps(body, indent=2)
-            _print_in_debug_mode(f"kedro-telemetry would send:\n{text}")
+            click.echo(f"kedro-telemetry would send:\n{text}", err=True)
             return False
         post = _Post(body)
     except Exception as error:
@@ -376,24 +387,17 @@ def _is_debug_mode() -> bool:
     return bool(os.environ.get("KEDRO_TELEMETRY_DEBUG"))
 
 
-def _print_in_debug_mode(text: str) -> None:
-    if _is_debug_mode():
-        click.echo(text, err=True)
-
-
 def _log(message: str, *args: object) -> None:
     """Log at DEBUG, which people see only if they ask for it."""
     # Kedro's RichHandler reads brackets as markup unless `extra` turns that off, and
     # raises SystemExit if standard output is closed (`kedro run | head`).
-    try:
+    with suppress(Exception, SystemExit):
         logger.debug(message, *args, extra={"markup": False})
-    except (Exception, SystemExit):
-        return
 
 
 @contextmanager
-def _log_failure(what: str) -> Iterator[None]:
-    """Log an exception instead of raising it, by its type: its text may name a path."""
+def _suppress_and_log(what: str) -> Iterator[None]:
+    """Suppress an exception and log only its type: its text may name a path."""
     try:
         yield
     except Exception as error:
@@ -423,12 +427,15 @@ def _user_file(name: str) -> Path:
 
 
 def _read(path: Path) -> bytes | None:
-    """Return the content of a file, or None if there is none. OSError if unreadable."""
+    """Return the content of a file, or None if there is no file.
+
+    Raises OSError if it cannot be read. A dangling symlink counts as unreadable.
+    """
     try:
-        os.lstat(path)  # which finds a dangling symlink, too
+        os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    # To read a pipe could block for ever.
+    # Reading a pipe could block for ever.
     if not path.is_file() or path.stat().st_size > LARGEST_FILE:
         raise OSError("not a file, or too large")
     return path.read_bytes()
@@ -477,10 +484,10 @@ def _replace(path: Path, old: bytes | None, new: bytes) -> None:
 
 
 def _copy_metadata(source: Path, target: Path) -> None:
-    """Copy owner, mode and attributes to a new file. Raises OSError if read-only.
+    """Copy owner, mode and attributes to a new file.
 
-    Also if the owner would change. Root can write to a read-only file, but somebody has
-    made it read-only on purpose.
+    Raises OSError if `source` is read-only, or if its owner cannot be kept. Root could
+    write to a read-only file, but somebody has made it read-only on purpose.
     """
     from shutil import copystat
     from stat import S_IMODE
@@ -491,16 +498,17 @@ def _copy_metadata(source: Path, target: Path) -> None:
         raise PermissionError("read-only")
     if (found.st_uid, found.st_gid) != (made.st_uid, made.st_gid):
         os.chown(target, found.st_uid, found.st_gid)
-    # Mounted drives (WSL, Azure Files) may refuse any change of a mode or attribute.
+    # Mounted drives (WSL, Azure Files) may refuse each of these. `copystat` stops at
+    # the first that is refused, and copies the mode late.
     if found.st_mode != made.st_mode:
-        with _log_failure("Copying the mode of a file"):
+        with _suppress_and_log("Copying the mode of a file"):
             target.chmod(S_IMODE(found.st_mode))
-    with _log_failure("Copying the attributes of a file"):
+    with _suppress_and_log("Copying the attributes of a file"):
         copystat(source, target)
 
 
 def _write_empty(path: Path) -> None:
-    """Put a new empty file at `path`, even where `sudo kedro` has left root's."""
+    """Put a new empty file at `path`, even if `sudo kedro` has left root's there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     path.touch()
@@ -514,7 +522,7 @@ class _Pyproject:
 
     def __init__(self, project_path: Path | None) -> None:
         self.path = Path(project_path or "", "pyproject.toml")
-        self.content: bytes | None = None  # None if there is no such file
+        self.content: bytes | None = None  # None if there is no such file, or broken
         self.document: dict[str, Any] = {}
         self.is_broken = False  # it cannot be read or parsed
         if project_path is None:
@@ -557,7 +565,10 @@ class _Project:
 
     @property
     def package_folder(self) -> Path:
-        """Where the project has its package, such as `spaceships/src/spaceships`."""
+        """Where the project has its package, such as `spaceships/src/spaceships`.
+
+        Without a package, it is a folder that is never imported.
+        """
         source = os.path.expanduser(str(self.kedro_table.get("source_dir", "src")))
         return Path(self.path or "", source, *str(self.package).split("."))
 
@@ -576,20 +587,19 @@ def _imported_folders(package: str | None) -> list[str]:
 
 def _is_imported(project: _Project) -> bool:
     """Return whether this process has imported a project's package from its folder."""
-    return os.path.realpath(project.package_folder) in _imported_folders(
-        project.package
-    )
+    folders = _imported_folders(project.package)
+    return os.path.realpath(project.package_folder) in folders
 
 
-def _is_running(project: _Project) -> bool:
+def _may_be_running(project: _Project) -> bool:
     """Return whether the running code may be this project's.
 
-    Kedro takes the current directory for the root of a packaged project, which may run
-    in the folder of another project.
+    A packaged project may run in the folder of another project, and Kedro takes the
+    current directory for its root.
     """
     if project.package in sys.modules:
         return _is_imported(project)
-    # Kedro has loaded nothing, or has failed to import this package.
+    # True if Kedro has loaded nothing, or this package, whose import has then failed.
     return _loaded_package() in (None, project.package)
 
 
@@ -612,7 +622,7 @@ class _Consent(NamedTuple):
 NO_DECISION = _Consent(None, "on by default: no opt-out and no opt-in found")
 
 
-def _consent_unless_replaced(project: _Project) -> _Consent:
+def _event_consent(project: _Project) -> _Consent:
     """Return the consent for an event.
 
     Kedro's own tests replace `_check_for_telemetry_consent` so that nothing is sent.
@@ -624,16 +634,16 @@ def _consent_unless_replaced(project: _Project) -> _Consent:
 
 def _find_consent(project: _Project) -> _Consent:
     """Return the first denial of all sources, or else the first grant."""
-    grant = NO_DECISION
+    found = NO_DECISION
     try:
         for consent in _consent_sources(project):
             if consent.decision is False:
                 return consent
-            if grant.decision is None:
-                grant = consent
-    except Exception as error:  # what cannot be found out is a no
+            if found.decision is None:
+                found = consent
+    except Exception as error:  # consent that cannot be found out is denied
         return _Consent(False, f"consent cannot be read ({type(error).__name__})")
-    return grant
+    return found
 
 
 def _consent_sources(project: _Project) -> Iterator[_Consent]:
@@ -649,7 +659,7 @@ def _consent_sources(project: _Project) -> Iterator[_Consent]:
 
 def _environment_consent() -> _Consent:
     for name in OPT_OUT_VARIABLES:
-        if name in os.environ:  # to any value: people also set it to "" or "false"
+        if name in os.environ:  # any value opts out, even "", "0" or "false"
             return _Consent(False, f"{name} is set")
     if os.environ.get("GITHUB_REPOSITORY_OWNER") == "kedro-org":  # Kedro's own CI
         return _Consent(False, "GITHUB_REPOSITORY_OWNER is kedro-org")
@@ -664,9 +674,9 @@ def _consent_files(project_path: Path | None) -> Iterable[Path]:
     that can take a minute.
     """
     paths = []
-    with _log_failure("Finding the home folder"):
+    with _suppress_and_log("Finding the home folder"):
         paths.append(_user_file(".telemetry"))
-    with _log_failure("Finding the current directory"):  # it may have been deleted
+    with _suppress_and_log("Finding the current directory"):  # it may have been deleted
         paths.append(Path.cwd() / ".telemetry")
     if project_path is not None:
         paths.append(Path(project_path, ".telemetry"))
@@ -702,15 +712,16 @@ def _parse_consent(text: str) -> bool | None:
 def _settings_places(project: _Project) -> Iterable[tuple[str, str]]:
     """Return the packages whose settings count, each with its folder.
 
-    A packaged project may run in the folder of another project, and both can deny. A
-    web service that has imported several projects keeps them apart.
+    A packaged project may run in the folder of another project, and then the settings
+    of both count. A web service may have imported several projects, and then only those
+    of the event's own project count.
     """
     places = []
     if project.package is not None:
         places.append((project.package, os.path.realpath(project.package_folder)))
-        # A package that is installed may lie elsewhere than in the project's folder.
-        installed = _imported_folders(project.package)
-        places += [(project.package, folder) for folder in installed]
+        # An installed package is outside the project's folder.
+        folders = _imported_folders(project.package)
+        places += [(project.package, folder) for folder in folders]
     loaded = _loaded_package()
     if loaded is not None and not _is_imported(project):
         places += [(loaded, folder) for folder in _package_folders(loaded)]
@@ -723,7 +734,7 @@ def _package_folders(package: str) -> list[str]:
 
     if package in sys.modules:
         return _imported_folders(package)
-    # Its `__init__.py` has failed. find_spec("a.b") would import `a`.
+    # Kedro may have failed to import it. find_spec("a.b") would import `a`.
     top, *names = package.split(".")
     spec = find_spec(top)
     roots = spec.submodule_search_locations if spec else None
@@ -803,8 +814,8 @@ class _Source:
         self.words: set[str] = set()  # all names, and all words in constants
         self.constants: set[str] = set()  # texts in quotes
         self.imports: set[str] = set()  # what is imported, before and after `as`
-        # Python warns of an unknown escape such as "\d". A filter for warnings would
-        # act on the user's threads, too, so each escape becomes a known one.
+        # Python warns of an unknown escape such as "\d", and a filter for warnings
+        # would act on the user's threads, too. So each escape becomes a backslash's.
         known = re.sub(rb"\\[^\r\n]", rb"\\\\", content)
         for node in ast.walk(ast.parse(known)):
             # The fields of a node that are text are names, or a text in quotes.
@@ -830,7 +841,9 @@ def _show_notice() -> None:
     """
     if _is_ci_env() or _was_notice_seen():
         return
-    with _log_failure("Showing the notice"):  # standard error may be full or closed
+    with _suppress_and_log(
+        "Showing the notice"
+    ):  # standard error may be full or closed
         click.echo(NOTICE, err=True)
         if _is_seen_by_somebody():
             _write_empty(_user_file("telemetry.notice"))
@@ -858,10 +871,10 @@ def _is_seen_by_somebody() -> bool:
 
 
 def _get_or_create_identity() -> str:
-    """Return the user's UUID, created if there is none; "" if it cannot be stored."""
+    """Return or create the user's UUID; "" if CI or the disk allows none to be made."""
     from uuid import uuid4
 
-    with _log_failure("Storing the identity"):
+    with _suppress_and_log("Storing the identity"):
         path = _user_file("telemetry.toml")
         content = _read(path)
         identity = _uuid_in(content)
@@ -874,7 +887,7 @@ def _get_or_create_identity() -> str:
 
 def _stored_identity() -> str:
     """Return the user's UUID, or "" if none is stored."""
-    with _log_failure("Reading the identity"):
+    with _suppress_and_log("Reading the identity"):
         return _uuid_in(_read(_user_file("telemetry.toml")))
     return ""
 
@@ -897,18 +910,16 @@ def _get_or_create_hashed_project_id(project: _Project) -> str | None:
     pyproject = project.pyproject
     project_id = _project_id_in(pyproject)
     if project_id is None and not _is_ci_env():  # a CI checkout must not change
-        with _log_failure("Storing a project id"):
+        with _suppress_and_log("Storing a project id"):
             _add_project_id(pyproject)
             # The id may be another process's, if that was faster.
             project_id = _project_id_in(_Pyproject(project.path))
     if project_id is None:
         return None
-    # As kedro-telemetry 0.9.0 does, except that a web service may have loaded another
-    # project since, so that the package that the project declares comes first.
+    # As in kedro-telemetry 0.9.0, so that the hash stays the same. The declared name
+    # comes first, as a web service may have loaded another project meanwhile.
     loaded = _loaded_package()
-    package = "undefined_package_name"
-    if loaded is not None:
-        package = project.package or loaded
+    package = (project.package or loaded) if loaded else "undefined_package_name"
     return sha512(f"{project_id}{package}".encode()).hexdigest()
 
 
@@ -923,8 +934,8 @@ def _project_id_in(pyproject: _Pyproject) -> Any:
 def _add_project_id(pyproject: _Pyproject) -> None:
     """Write a new id into a table at the end of a Kedro project's `pyproject.toml`.
 
-    A file that has such a table, or would not parse with it, stays as it is. Raises
-    OSError if it cannot be replaced.
+    A file that has such a table stays as it is. Raises ValueError if the file would not
+    parse with it, and OSError if it cannot be replaced.
     """
     from uuid import uuid4
 
@@ -947,7 +958,7 @@ def _create_body(event: _Event, project: _Project) -> dict[str, Any]:
     from datetime import UTC, datetime
 
     # Kedro's own events belong to the running code. A plugin names its project itself.
-    if event.properties is None and not _is_running(project):
+    if event.properties is None and not _may_be_running(project):
         project = _Project(None)
     identity = _get_or_create_identity()
     project_id = _get_or_create_hashed_project_id(project)
@@ -972,7 +983,7 @@ def _for_heap(properties: Properties) -> Properties:
     for key, value in properties.items():
         if value is None:
             continue
-        with _log_failure("Converting a property"):  # `str()` fails for 10,000 digits
+        with _suppress_and_log("Converting a property"):  # `str()` of a huge int fails
             accepted[str(key)[:LONGEST_TEXT]] = _heap_value(value)
     return accepted
 
@@ -1005,7 +1016,7 @@ def _base_properties(
 def _kedro_version() -> str | None:
     """Return the version of Kedro, None if Kedro cannot be imported."""
     # On a Python that Kedro does not support yet, it raises a warning as an exception.
-    with _log_failure("Importing Kedro"):
+    with _suppress_and_log("Importing Kedro"):
         from kedro import __version__ as version
 
         return version
@@ -1018,20 +1029,18 @@ def _is_ci_env() -> bool:
 
 
 def _public_tools(written: object) -> str | None:
-    """Return which of Kedro's tools an array, or the text of one, names; None for none.
+    """Return the tools of Kedro that an array names; None if it names none.
 
-    Kedro writes `"['Linting', 'Testing']"`. People also write the names of clients.
+    Kedro writes the array as text: `"['Linting', 'Testing']"`. People add the names of
+    clients, which must not be sent.
     """
-    brackets_commas_and_quotes = r"[][,'\"]"
-    names = [
-        name.strip() for name in re.split(brackets_commas_and_quotes, str(written))
-    ]
+    names = [name.strip() for name in re.split(r"[][,'\"]", str(written))]
     return ", ".join(name for name in names if name in KEDRO_TOOLS) or None
 
 
 def _command_properties(words: list[str]) -> Properties:
     """Return the properties of a command, whose words are masked."""
-    with _log_failure("Masking the command"):
+    with _suppress_and_log("Masking the command"):
         masked = _mask(words)
         command = " ".join(["kedro", *masked])
         return {"command": command, "main_command": masked[0] if masked else "kedro"}
@@ -1044,13 +1053,13 @@ def _session_properties(catalog: Any, project: _Project) -> Properties:
     A later Kedro may drop a private name that one part uses. The others stay.
     """
     properties: Properties = {}
-    with _log_failure("Counting the datasets"):
+    with _suppress_and_log("Counting the datasets"):
         properties["number_of_datasets"] = len(_dataset_names(catalog))
-    with _log_failure("Counting the pipelines"):
+    with _suppress_and_log("Counting the pipelines"):
         properties |= _pipeline_counts(project)
-    with _log_failure("Counting the types of datasets"):
+    with _suppress_and_log("Counting the types of datasets"):
         properties |= _dataset_type_counts(catalog)
-    with _log_failure("Counting the validators"):
+    with _suppress_and_log("Counting the validators"):
         properties |= _validator_counts(catalog)
     return properties
 
@@ -1058,8 +1067,7 @@ def _session_properties(catalog: Any, project: _Project) -> Properties:
 def _dataset_names(catalog: Any) -> list[str]:
     """Return the names of a catalog's entries, without parameters."""
     names = catalog.keys() if hasattr(catalog, "keys") else catalog.list()  # Kedro < 1
-    is_parameter = re.compile("parameters$|params:").match
-    return [name for name in names if not is_parameter(str(name))]
+    return [n for n in names if n != "parameters" and not str(n).startswith("params:")]
 
 
 def _pipeline_counts(project: _Project) -> Properties:
@@ -1077,7 +1085,7 @@ def _pipeline_counts(project: _Project) -> Properties:
     if is_partial or not pipelines._is_data_loaded:
         return {}
     properties: Properties = {}
-    with _log_failure("Counting the nodes"):  # a registry may return anything
+    with _suppress_and_log("Counting the nodes"):  # a registry may return anything
         properties["number_of_pipelines"] = len(pipelines._content)
         properties["number_of_nodes"] = len(pipelines._content["__default__"].nodes)
     return properties
@@ -1094,7 +1102,9 @@ def _dataset_type_counts(catalog: Any) -> Properties:
     counts: Counter[str] = Counter()
     for name in _dataset_names(catalog):
         found = CUSTOM
-        with _log_failure("Finding the type of a dataset"):  # an entry may be broken
+        with _suppress_and_log(
+            "Finding the type of a dataset"
+        ):  # an entry may be broken
             if name in configs:
                 found = declared_type(configs[name]["type"])
             else:  # the user's code has added the dataset, so its class is imported
@@ -1126,16 +1136,12 @@ def _declared_type(declared: str | type) -> str:
 
 def _class_in_sources(dotted_name: str) -> str | None:
     """Find a public class in source files, and return its full name; None for none."""
-    from importlib.util import find_spec
-
     match = re.fullmatch(PUBLIC_CLASS, dotted_name)
     if match is None:
         return None
     package, module, name = match.groups()
-    top, _, folder = package.partition(".")
-    roots = getattr(find_spec(top), "submodule_search_locations", None)
-    for root in roots or []:
-        for file in Path(root, folder).glob(f"{module or '*'}.py"):
+    for folder in _package_folders(package):
+        for file in Path(folder).glob(f"{module or '*'}.py"):
             if f"\nclass {name}(".encode() in file.read_bytes():
                 return f"{package}.{file.stem}.{name}"
     return None
@@ -1156,7 +1162,7 @@ def _validator_counts(catalog: Any) -> Properties:
 
 
 def _mask(words: list[str]) -> list[str]:
-    """Replace each word by MASK that neither Kedro nor an installed plugin defines.
+    """Replace by MASK each word that neither Kedro nor an installed plugin defines.
 
     Commands, the names of the last command's options and Kedro's own starters stay.
     """
@@ -1186,7 +1192,7 @@ def _known_commands(words: list[str]) -> list[click.Command]:
 
 
 def _kedro_groups() -> list[click.Group]:
-    """Return Kedro's groups of commands, all of which have a name in its CLI module."""
+    """Return Kedro's groups of commands: each is a variable of its CLI module."""
     from kedro.framework.cli import cli as cli_module
 
     groups = vars(cli_module).values()
@@ -1201,7 +1207,7 @@ def _plugin_groups() -> Iterator[Any]:
         for entry_point in entry_points(group=name):
             if entry_point.module not in sys.modules:
                 continue  # Kedro could not import it
-            with _log_failure("Loading a plugin's commands"):
+            with _suppress_and_log("Loading a plugin's commands"):
                 yield entry_point.load()
 
 
@@ -1288,11 +1294,11 @@ def _is_official_starter(option: str, value: str) -> bool:
 class _Post(threading.Thread):
     """A post in a daemon thread: a look-up or a read of certificates can hang for ever.
 
-    The thread only posts. Logging or importing while Python shuts down can abort it.
+    The thread neither logs nor imports: while Python shuts down, either can abort it.
     """
 
-    # In seconds since the epoch, for this process: a cluster's read-only home folder
-    # cannot store the file `telemetry.backoff`.
+    # When this process began its back-off, in seconds since the epoch. It counts where
+    # `_write_back_off` cannot write its file, such as in a cluster's read-only home.
     back_off_start = 0.0
 
     def __init__(self, body: dict[str, Any]) -> None:
@@ -1304,7 +1310,7 @@ class _Post(threading.Thread):
         self.content = json.dumps(body)
         self.status: int | None = None  # None until Heap has answered
         self.outcome = "no answer in time"
-        # All that `run` imports or looks up, and what Python itself needs for a host.
+        # What the functions below import, and what Python itself needs for a host
         for name in ("encodings.idna", "http.client", "ssl", "urllib.request"):
             import_module(name)
         if find_spec("certifi"):
@@ -1325,8 +1331,8 @@ class _Post(threading.Thread):
 def _start_and_wait_for(post: _Post) -> bool:
     """Start a post and wait until the deadline; return True if Heap accepted it.
 
-    A firewall that swallows packets must not delay each command, so a post that takes
-    longer than half a second without an answer starts the back-off.
+    A firewall that swallows packets must not delay each command. So a post that has no
+    answer after a quarter of the deadline, half a second, starts the back-off.
     """
     start = time.monotonic()
     try:
@@ -1339,8 +1345,7 @@ def _start_and_wait_for(post: _Post) -> bool:
     finally:
         # Not `post.is_alive()`, which is wrong after Ctrl-C on CPython 3.11 and 3.12
         status = post.status
-        half_a_second = DEADLINE / 4
-        if status is None and time.monotonic() - start > half_a_second:
+        if status is None and time.monotonic() - start > DEADLINE / 4:
             _write_back_off()
     # People publish their logs, which must not identify them.
     masked = post.content.replace(post.identity, MASK)
@@ -1382,7 +1387,7 @@ def _connect(host: str) -> HTTPSConnection:
         # OpenSSL reads the one authority that it needs. A whole bundle takes 20 ms.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(capath=folder)
-        # The folder may contain only a company's authority, and a bundle the others.
+        # The folder may contain a company's authority alone. Then all are tried below.
         with suppress(ssl.SSLCertVerificationError):
             return _open_connection(host, context)
     return _open_connection(host, _platform_context())
@@ -1455,16 +1460,15 @@ def _new_connection(host: str, context: SSLContext) -> HTTPSConnection:
 
     request = Request(ENDPOINT)
     proxies = getproxies()
-    proxy = proxies.get("https") or proxies.get("all")
-    if proxy:  # unless NO_PROXY has the host, the proxy takes its place in the request
+    proxy = proxies.get("https") or proxies.get("all") or ""
+    if proxy:  # replaces the host of the request, unless NO_PROXY lists it
         ProxyHandler({}).proxy_open(request, proxy, "https")
     is_proxied = request.host != host
-    scheme, separator, _ = proxy.partition("://") if proxy else ("", "", "")
-    if is_proxied and separator and scheme.lower() not in ("http", "https"):
+    if is_proxied and re.match(r"(?i)(?!https?://)[^/]+://", proxy):
         raise NotImplementedError("a SOCKS proxy")
     if not request.host:
         raise ValueError("a proxy without a name")
-    # The time-out is for each operation: a post that is given up ends, too.
+    # Each operation has a time-out, so that a post that is given up ends, too.
     timeout = 2 * DEADLINE
     connection = HTTPSConnection(request.host, timeout=timeout, context=context)
     if is_proxied:  # the headers are for the proxy, with the user's password for it
@@ -1529,7 +1533,7 @@ def telemetry(context: click.Context) -> None:
 @telemetry.command()
 @click.pass_obj
 def status(project_metadata: Any) -> None:
-    """Show whether telemetry is on here, and why (the default)."""
+    """Show whether telemetry is on here, and why (the default command)."""
     project = _Project(getattr(project_metadata, "project_path", None))
     consent = _find_consent(project)
     is_on = consent.decision is not False
@@ -1549,7 +1553,7 @@ def status(project_metadata: Any) -> None:
     paused_until = _back_off_end()
     if paused_until is not None:
         end = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(paused_until))
-        _print_field("Paused", f"until {end}, as the last post failed slowly")
+        _print_field("Paused", f"until {end}, as Heap did not answer in time")
     click.echo(_status_help(is_on))
 
 
@@ -1575,9 +1579,7 @@ Read more:  {DOCUMENTATION}"""
 @click.pass_obj
 def enable(project_metadata: Any) -> None:
     """Opt in for all your projects."""
-    path = _write_decision("true")
-    click.echo("You have opted in to telemetry for all your projects.")
-    click.echo(f"This is saved in\n{path}")
+    _write_decision("true")
     consent = _find_consent(_Project(getattr(project_metadata, "project_path", None)))
     if consent.decision is False:
         click.echo(f"Telemetry stays off here, as {consent.text}")
@@ -1586,12 +1588,10 @@ def enable(project_metadata: Any) -> None:
 @telemetry.command()
 def disable() -> None:
     """Opt out for all your projects."""
-    advice = "\nTo opt out instead, set DO_NOT_TRACK=1 in your environment."
-    path = _write_decision("false", advice)
-    click.echo("You have opted out of telemetry for all your projects.")
-    click.echo(f"This is saved in\n{path}")
+    advice = "set DO_NOT_TRACK=1 in your environment."
+    _write_decision("false", f"\nTo opt out instead, {advice}")
     click.echo("Versions of kedro-telemetry before 1.0 do not read this file.")
-    click.echo("To opt out of those as well, set DO_NOT_TRACK=1 in your environment.")
+    click.echo(f"To opt out of those as well, {advice}")
 
 
 # Words that people try; the help does not list them
@@ -1599,29 +1599,27 @@ telemetry.add_command(click.Command("on", callback=enable.callback, hidden=True)
 telemetry.add_command(click.Command("off", callback=disable.callback, hidden=True))
 
 
-def _write_decision(decision: str, advice: str = "") -> Path:
-    """Write `consent: decision` for all of the user's projects; return the file."""
+def _write_decision(decision: str, advice: str = "") -> None:
+    """Save `consent: decision` for all of the user's projects, and say so."""
+    failure = "Nothing has changed"
     try:
         path = _user_file(".telemetry")
-    except OSError as error:
-        raise click.ClickException(
-            f"Nothing has changed, as {error}.{advice}"
-        ) from error
-    try:
+        failure += f", as this file cannot be written:\n{path}"
         _replace(path, _read(path), f"consent: {decision}\n".encode())
     except OSError as error:
         reason = error.strerror or error  # its whole text may name a temporary file
-        text = f"Nothing has changed, as this file cannot be written:\n{path}\n"
-        raise click.ClickException(f"{text}Reason: {reason}{advice}") from error
-    return path
+        raise click.ClickException(f"{failure}\nReason: {reason}{advice}") from error
+    opted = "opted in to" if decision == "true" else "opted out of"
+    click.echo(f"You have {opted} telemetry for all your projects.")
+    click.echo(f"This is saved in\n{path}")
 
 
 def _add_telemetry_command(is_in_project: bool) -> None:
-    """Add `kedro telemetry` to Kedro's own commands, where Kedro looks last.
+    """Add `kedro telemetry` to Kedro's own commands; in a project, others come first.
 
-    With an entry point in `kedro.global_commands`, Kedro's own tests would fail, as
-    they count the groups. A vendored copy has only the entry points of kedro-telemetry
-    0.9.0, which are hooks.
+    An entry point in `kedro.global_commands` would fail Kedro's own tests, which count
+    the groups. Nor would a vendored copy have it: Kedro finds the copy by the entry
+    points of kedro-telemetry 0.9.0, which are hooks only.
     """
     from kedro.framework.cli import cli as cli_module
 

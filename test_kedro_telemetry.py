@@ -2569,7 +2569,8 @@ def test_after_the_deadline_a_post_is_given_up(
     assert log.messages[0].endswith("}: no answer in time")
     assert (config / "telemetry.backoff").read_bytes() == b""
     assert send_telemetry_event("x") is False
-    assert log.messages[1:] == ["A post was left out, as the last one failed slowly"]
+    left_out = "An event was left out, as Heap did not answer the last one in time"
+    assert log.messages[1:] == [left_out]
     assert len(heap.connections) == 1
 
 
@@ -3104,7 +3105,7 @@ def test_status_shows_ids_and_how_long_posts_pause(project, config, known_user):
     output = run("telemetry").output
     assert f"Identity:    {IDENTITY}\n" in output
     assert f"Project id:  {PROJECT_ID} (sent as a hash)\n" in output
-    assert f"Paused:      until {end}, as the last post failed slowly\n" in output
+    assert f"Paused:      until {end}, as Heap did not answer in time\n" in output
 
 
 @pytest.mark.parametrize("line", ["telemetry", "telemetry enable", "telemetry disable"])
@@ -3192,8 +3193,8 @@ ADVICE = "\nTo opt out instead, set DO_NOT_TRACK=1 in your environment."
 @pytest.mark.parametrize(("word", "advice"), [("enable", ""), ("disable", ADVICE)])
 def test_without_a_home_folder_a_decision_cannot_be_saved(word, advice, no_home):
     done = run(f"telemetry {word}")
-    reason = "Nothing has changed, as there is no home folder."
-    assert (done.exit_code, done.output) == (1, f"Error: {reason}{advice}\n")
+    shown = f"Nothing has changed\nReason: there is no home folder{advice}\n"
+    assert (done.exit_code, done.output) == (1, f"Error: {shown}")
 
 
 def a_read_only_decision(file: Path) -> None:
