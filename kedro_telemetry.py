@@ -1546,9 +1546,9 @@ def status(project_metadata: Any) -> None:
     except OSError as error:
         _print_field("Identity", f"none, as {error}")
     if project.path is not None:
-        project_id = _project_id_in(project.pyproject) or no_id
-        text = f"{project_id} (sent as a hash)\n{project.pyproject.path}"
-        _print_field("Project id", text)
+        project_id = _project_id_in(project.pyproject)
+        text = no_id if project_id is None else f"{project_id} (sent as a hash)"
+        _print_field("Project id", f"{text}\n{project.pyproject.path}")
     _print_field("Endpoint", ENDPOINT)
     paused_until = _back_off_end()
     if paused_until is not None:
