@@ -1489,9 +1489,9 @@ def test_settings_of_an_installed_package_are_found_beside_its_project(
     assert consent(project) is False
 
 
-def test_settings_of_an_unknown_kind_deny_consent(project, monkeypatch):
+def test_settings_of_an_unknown_kind_deny_consent(project):
     import_settings(project)
-    monkeypatch.setitem(sys.modules, "spaceships.settings", 5)
+    sys.modules["spaceships.settings"] = 5
     assert consent(project) is False
 
 
