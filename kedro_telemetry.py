@@ -773,24 +773,26 @@ def _consent_of_names(names: dict[str, Any], path: Path) -> _Consent:
 
 
 def _consent_of_source(path: Path) -> _Consent:
-    """Return what the source of settings decides, without running it.
-
-    It denies if it cannot be read, or may import a name that denies. A value that it
-    computes stays unknown.
-    """
+    """Return what the source of settings decides, without running it."""
     try:
-        source = _Source(_read(path) or b"")
+        denial = _denial_in(_Source(_read(path) or b""))
     except Exception:  # it is unreadable, or written for another version of Python
-        return _Consent(False, "this file cannot be read", path)
+        denial = "this file cannot be read"
+    return NO_DECISION if denial is None else _Consent(False, denial, path)
+
+
+def _denial_in(source: _Source) -> str | None:
+    """Return why the source of settings denies, None if it does not.
+
+    What it imports may deny. A value that it computes stays unknown.
+    """
     for variable in OPT_OUT_VARIABLES:
         if variable in source.words:
-            return _Consent(False, f"this file names {variable}", path)
+            return f"this file names {variable}"
     is_named = any(_may_name_this_plugin(text) for text in source.constants)
     if HOOK_SWITCH in source.imports or (HOOK_SWITCH in source.words and is_named):
-        return _Consent(False, f"this file names {HOOK_SWITCH}", path)
-    if "*" in source.imports:  # which names that brings is unknown
-        return _Consent(False, "this file imports *", path)
-    return NO_DECISION
+        return f"this file names {HOOK_SWITCH}"
+    return "this file imports *" if "*" in source.imports else None
 
 
 def _may_name_this_plugin(entry: object) -> bool:
