@@ -12,8 +12,8 @@ To vendor the module, copy it beside your project's `settings.py` and write ther
 
     HOOKS = (telemetry_hook,)
 
-Keep kedro-telemetry installed: its entry points then call the copy. Without it, the
-copy reports sessions only, and there is no `kedro telemetry`.
+Keep kedro-telemetry installed, in any release: its entry points lead Kedro to the copy.
+Without it, the copy reports sessions only, and there is no `kedro telemetry`.
 """
 
 # Imports inside functions keep Kedro's start fast: what only an event needs is imported
@@ -129,15 +129,16 @@ _session_hook = HookimplMarker("kedro")
 
 
 class KedroTelemetryHook:
-    """Reports each command and each session.
+    """Reports each command, and each session that no command's report covers.
 
-    The hooks raise only what the user's own signal handlers raise. Any other exception
-    would make Kedro end the command with a traceback.
+    The hooks raise only what signal handlers raise, such as KeyboardInterrupt. Any
+    other exception would make Kedro end the command with a traceback.
     """
 
     def __init__(self) -> None:
-        # pluggy takes a plugin's name from here. Where a project has a vendored copy in
-        # its HOOKS, pluggy then skips the entry point, which has the same name.
+        # pluggy takes a plugin's name from here. A session registers a project's HOOKS
+        # first, and then skips an entry point of the same name, so that a vendored copy
+        # is not registered twice. Commands have no HOOKS: they use the entry point.
         self.__name__ = PLUGIN_NAME
         # None between commands, and during `kedro telemetry`
         self._command_report: _Report | None = None
@@ -165,15 +166,18 @@ class KedroTelemetryHook:
         # CI jobs and clusters that opt out by a variable should pay for nothing else.
         if _environment_consent().decision is False:
             return
+        unregistered = None
         with _suppress_and_log("Reading the session"):
             report = self._assign_report(context.project_path)
             hook_manager = getattr(context, "_hook_manager", None)
             if hook_manager is None:  # the name is private; a later Kedro may drop it
                 _log("The session has no hook manager")
-                report.send(SESSION_EVENT)
+                unregistered = report
             elif not hook_manager.has_plugin(SESSION_PLUGIN_NAME):
                 # `kedro server start` creates a context for each request of a session.
                 hook_manager.register(report, SESSION_PLUGIN_NAME)
+        if unregistered is not None:
+            unregistered.send(SESSION_EVENT)
 
     @_cli_hook
     def after_command_run(self) -> None:
@@ -261,7 +265,7 @@ def send_telemetry_event(
         True if Heap has accepted the event. The function waits at most two seconds.
 
     It may print the notice and store a missing UUID or project id. It raises only what
-    your own signal handlers raise.
+    signal handlers raise, such as KeyboardInterrupt.
     """
     own = {} if properties is None else properties  # None is for Kedro's own events
     return _send(_Event(event_name, project_path, properties=own))
@@ -313,10 +317,11 @@ def __getattr__(name: str) -> Any:
     return ProjectMetadata
 
 
-# Kedro's entry points and other packages import `kedro_telemetry.plugin` and `.api`. A
-# vendored copy registers itself under these names: Kedro imports the project's settings
-# before its plugins, and so never imports the installed release. If that has already
-# been imported, it keeps the names. `mock.patch` looks them up as attributes, too.
+# The entry points of kedro-telemetry and other packages import `kedro_telemetry.plugin`
+# and `.api`. A vendored copy registers itself under these names: Kedro imports the
+# project's settings before its plugins, and so never imports the installed release. If
+# that release has already been imported, it keeps the names. `mock.patch` looks them up
+# as attributes, too.
 plugin = api = sys.modules[__name__]
 if "kedro_telemetry.plugin" not in sys.modules:
     sys.modules["kedro_telemetry"] = plugin
@@ -343,7 +348,7 @@ def _send(event: _Event) -> bool:
     Nothing is sent after TAB, in the back-off or in debug mode. Debug mode still shows
     the notice and stores missing ids. A failure loses the event, and never the command.
     The wait is outside the `try`, so that what the user's signal handlers raise
-    meanwhile reaches the user.
+    meanwhile reaches the caller.
     """
     try:
         if _is_shell_completion():
@@ -522,7 +527,7 @@ class _Pyproject:
 
     def __init__(self, project_path: Path | None) -> None:
         self.path = Path(project_path or "", "pyproject.toml")
-        self.content: bytes | None = None  # None if there is no such file, or broken
+        self.content: bytes | None = None  # None if it is absent or unreadable
         self.document: dict[str, Any] = {}
         self.is_broken = False  # it cannot be read or parsed
         if project_path is None:
@@ -538,8 +543,8 @@ class _Pyproject:
 class _Project:
     """A project, or a folder without one, as one event sees it.
 
-    Its `pyproject.toml` is read once, when it is first needed: after a denial by a
-    variable or a `.telemetry`, it is not read at all.
+    Its `pyproject.toml` is read once, when it is first needed. For an event that a
+    variable or a `.telemetry` denies, it is not read at all.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -567,7 +572,7 @@ class _Project:
     def package_folder(self) -> Path:
         """Where the project has its package, such as `spaceships/src/spaceships`.
 
-        Without a package, it is a folder that is never imported.
+        Without a package, it ends in `None`, a folder from which nothing is imported.
         """
         source = os.path.expanduser(str(self.kedro_table.get("source_dir", "src")))
         return Path(self.path or "", source, *str(self.package).split("."))
@@ -817,7 +822,7 @@ class _Source:
         self.constants: set[str] = set()  # texts in quotes
         self.imports: set[str] = set()  # what is imported, before and after `as`
         # Python warns of an unknown escape such as "\d", and a filter for warnings
-        # would act on the user's threads, too. So each escape becomes a backslash's.
+        # would act on the user's threads, too. So each becomes an escaped backslash.
         known = re.sub(rb"\\[^\r\n]", rb"\\\\", content)
         for node in ast.walk(ast.parse(known)):
             # The fields of a node that are text are names, or a text in quotes.
@@ -1109,7 +1114,7 @@ def _dataset_type_counts(catalog: Any) -> Properties:
         ):  # an entry may be broken
             if name in configs:
                 found = declared_type(configs[name]["type"])
-            else:  # the user's code has added the dataset, so its class is imported
+            else:  # a catalog class of the user's has added it, and imported its class
                 found = _public_type(catalog.get_type(name))
         counts[f"dataset_type_count.{found}"] += 1
     return dict(counts)
@@ -1172,7 +1177,7 @@ def _mask(words: list[str]) -> list[str]:
     options = _option_names(commands)
     rest = _split_at_equals_sign(words[len(commands) :], options)
     if not commands and rest and rest[0] not in options:
-        return [MASK]  # a project's own command: not even the number of words is sent
+        return [MASK]  # a project's own command, or a typo: not even a count is sent
     masked = words[: len(commands)]
     for previous, word in pairwise(["", *rest]):
         is_starter = previous in options and _is_official_starter(previous, word)
@@ -1296,7 +1301,8 @@ def _is_official_starter(option: str, value: str) -> bool:
 class _Post(threading.Thread):
     """A post in a daemon thread: a look-up or a read of certificates can hang for ever.
 
-    The thread neither logs nor imports: while Python shuts down, either can abort it.
+    The thread neither logs nor loads modules (`__init__` has loaded what it imports):
+    while Python shuts down, either can abort it.
     """
 
     # When this process began its back-off, in seconds since the epoch. It counts where
@@ -1333,8 +1339,9 @@ class _Post(threading.Thread):
 def _start_and_wait_for(post: _Post) -> bool:
     """Start a post and wait until the deadline; return True if Heap accepted it.
 
-    A firewall that swallows packets must not delay each command. So a post that has no
-    answer after a quarter of the deadline, half a second, starts the back-off.
+    A firewall that swallows packets must not delay each command. So a post that ends or
+    is given up without an answer, after more than a quarter of the deadline (half a
+    second), starts the back-off. A slow answer does not.
     """
     start = time.monotonic()
     try:
@@ -1617,11 +1624,12 @@ def _write_decision(decision: str, advice: str = "") -> None:
 
 
 def _add_telemetry_command(is_in_project: bool) -> None:
-    """Add `kedro telemetry` to Kedro's own commands; in a project, others come first.
+    """Add `kedro telemetry` to Kedro's own commands.
 
-    An entry point in `kedro.global_commands` would fail Kedro's own tests, which count
-    the groups. Nor would a vendored copy have it: Kedro finds the copy by the entry
-    points of kedro-telemetry 0.9.0, which are hooks only.
+    In a project, a command of the same name of the project or a plugin takes precedence
+    there. An entry point in `kedro.global_commands` would fail Kedro's own tests, which
+    count the groups. It would not serve a vendored copy either: the installed release
+    may be 0.9.0, whose entry points are hooks.
     """
     from kedro.framework.cli import cli as cli_module
 
