@@ -848,9 +848,8 @@ def _show_notice() -> None:
     """
     if _is_ci_env() or _was_notice_seen():
         return
-    with _suppress_and_log(
-        "Showing the notice"
-    ):  # standard error may be full or closed
+    # Standard error may be full or closed.
+    with _suppress_and_log("Showing the notice"):
         click.echo(NOTICE, err=True)
         if _is_seen_by_somebody():
             _write_empty(_user_file("telemetry.notice"))
@@ -1109,9 +1108,8 @@ def _dataset_type_counts(catalog: Any) -> Properties:
     counts: Counter[str] = Counter()
     for name in _dataset_names(catalog):
         found = CUSTOM
-        with _suppress_and_log(
-            "Finding the type of a dataset"
-        ):  # an entry may be broken
+        # An entry may be broken.
+        with _suppress_and_log("Finding the type of a dataset"):
             if name in configs:
                 found = declared_type(configs[name]["type"])
             else:  # a catalog class of the user's has added it, and imported its class
