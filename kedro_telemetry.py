@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Anonymised usage telemetry for Kedro: one event per command or session.
 
-The module follows the life of an event. Kedro calls the hooks, and other packages call
-the functions after them. Every event passes through `_send`. Then come helpers for
-files and the project, and the steps of an event: consent, the notice, identity,
-properties, masking and the post. The commands come last.
+The code is in the order in which an event is handled. Kedro calls the hooks, and other
+packages call the functions after them. Every event goes through `_send`. Then come
+helpers for files and the project, and the steps of an event: consent, the notice, ids,
+properties, masking and posting. The commands come last.
 
-To vendor the module, copy it beside your project's `settings.py` and write there:
+To vendor the module, copy it into the folder of your project's `settings.py` and write
+there:
 
     from .kedro_telemetry import telemetry_hook
 
     HOOKS = (telemetry_hook,)
 
-Keep kedro-telemetry installed, in any release: its entry points lead Kedro to the copy.
-Without it, the copy reports sessions only, and there is no `kedro telemetry`.
+Keep kedro-telemetry installed, in any release: Kedro then finds the copy through the
+entry points of that release. Without them, the copy reports sessions only, and there is
+no `kedro telemetry`.
 """
 
-# Imports inside functions keep Kedro's start fast: what only an event needs is imported
-# when there is one.
+# Imports inside functions keep Kedro's start fast: click and pluggy, and so Kedro, do
+# not import these modules, and only an event needs them.
 # ruff: noqa: PLC0415
 
 from __future__ import annotations
@@ -32,8 +34,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
-from itertools import chain, pairwise
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from functools import cache
+from inspect import unwrap
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,15 +48,18 @@ from pluggy import HookimplMarker
 if TYPE_CHECKING:
     from http.client import HTTPSConnection
     from ssl import SSLContext
+    from urllib.request import Request
 
 __version__ = "1.0.0"
 
 ENDPOINT = "https://heapanalytics.com/api/track"
 APP_ID = "2388822444"
+HEADERS = ("Host", "User-Agent", "Content-Type", "Content-Length")
 DOCUMENTATION = "https://docs.kedro.org/en/stable/about/telemetry/"
-DEADLINE = 2.0  # seconds that a command waits for a post
-BACK_OFF = 3600.0  # seconds without posts after one that took long and had no answer
-LARGEST_FILE = 2**20  # bytes
+DEADLINE = 2.0  # seconds that a command waits for Heap
+BACK_OFF = 3600.0  # seconds without sending after Heap has not answered in time
+LARGEST_FILE = 2**20  # bytes; larger files of a project or a user are not read
+LARGEST_BUNDLE = 2**24  # bytes; the rest of a file of certificates is not read
 LONGEST_TEXT = 1023  # characters that Heap accepts in a key or a value
 ACCEPTED = 200  # Heap's status for an event that it has taken
 
@@ -62,14 +70,7 @@ Opt out:    kedro telemetry disable, or set DO_NOT_TRACK
 Read more:  {DOCUMENTATION}"""
 
 OPT_OUT_VARIABLES = ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY")
-# A line of a `.telemetry` file that grants consent, such as `consent: true`,
-# `CONSENT = yes` or `"consent": 'on'  # I agree`
-GRANT = r"""(?xia)            # verbose, any case, ASCII letters only
-    (["']?) consent \1        # the word, in quotes or without
-    \s* [:=] \s*              # as in YAML, or as in a .env file
-    (["']?) (true|yes|on|y|1) \2
-    (\s+ \#.*)?               # a comment
-"""
+GRANTS = ("true", "yes", "on", "y", "1")  # values of `consent` in a `.telemetry`
 CI_VARIABLES = (
     "CI",
     "GITLAB_CI",
@@ -93,9 +94,7 @@ KEDRO_TOOLS = (
     "Kedro Viz",
     "None",
 )
-# Classes may be sent by name if they are in these packages, which PUBLIC_CLASS repeats.
-PUBLIC_DATASETS = ("kedro.io.", "kedro_datasets.", "kedro_datasets_experimental.")
-# The class of a dataset in full, such as `kedro.io.MemoryDataset`,
+# Dataset classes whose names may be sent, such as `kedro.io.MemoryDataset`,
 # `kedro_datasets.pandas.CSVDataset` or `kedro_datasets.pandas.csv_dataset.CSVDataset`
 PUBLIC_CLASS = r"""(?x)
     (kedro\.io | kedro_datasets(?:_experimental)?\.\w+)   # the package
@@ -118,7 +117,7 @@ HOOK_SWITCH = "DISABLE_HOOKS_FOR_PLUGINS"  # Kedro's, in `settings.py`
 PLUGIN_NAME = "kedro-telemetry"  # of this package and of its entry points
 SESSION_PLUGIN_NAME = "kedro-telemetry-session"  # in the hook manager of a session
 
-Properties = dict[str, Any]  # a property that is None is left out of the event
+Properties = dict[str, Any]  # `_for_heap` leaves out those that are None
 
 logger = logging.getLogger(__name__)
 _cli_hook = HookimplMarker("kedro_cli")
@@ -132,15 +131,16 @@ class KedroTelemetryHook:
     """Reports each command, and each session that no command's report covers.
 
     The hooks raise only what signal handlers raise, such as KeyboardInterrupt. Any
-    other exception would make Kedro end the command with a traceback.
+    other exception would end the command with a traceback.
     """
 
     def __init__(self) -> None:
         # pluggy takes a plugin's name from here. A session registers a project's HOOKS
-        # first, and then skips an entry point of the same name, so that a vendored copy
-        # is not registered twice. Commands have no HOOKS: they use the entry point.
+        # first, and then skips an entry point of the same name, which keeps a vendored
+        # copy from being registered twice. Commands use the entry point alone.
         self.__name__ = PLUGIN_NAME
-        # None between commands, and during `kedro telemetry`
+        # None during `kedro telemetry`, and when Kedro has ended a command. It does not
+        # end a command that runs with click's `standalone_mode=False`.
         self._command_report: _Report | None = None
 
     @_cli_hook
@@ -163,11 +163,11 @@ class KedroTelemetryHook:
         have sessions of several projects at once. A hook manager belongs to one session
         and gets only that session's catalogs.
         """
-        # CI jobs and clusters that opt out by a variable should pay for nothing else.
-        if _environment_consent().decision is False:
-            return
         unregistered = None
         with _suppress_and_log("Reading the session"):
+            # CI jobs and clusters that opt out by a variable wait for nothing else.
+            if _environment_consent().decision is False:
+                return
             report = self._assign_report(context.project_path)
             hook_manager = getattr(context, "_hook_manager", None)
             if hook_manager is None:  # the name is private; a later Kedro may drop it
@@ -176,12 +176,12 @@ class KedroTelemetryHook:
             elif not hook_manager.has_plugin(SESSION_PLUGIN_NAME):
                 # `kedro server start` creates a context for each request of a session.
                 hook_manager.register(report, SESSION_PLUGIN_NAME)
-        if unregistered is not None:
+        if unregistered is not None:  # outside of the `with`: see `_send`
             unregistered.send(SESSION_EVENT)
 
     @_cli_hook
     def after_command_run(self) -> None:
-        """Report the command, unless a session of it has been reported."""
+        """Report the command, unless one of its sessions has been reported."""
         report = self._command_report
         self._command_report = None
         if report is None:
@@ -190,25 +190,27 @@ class KedroTelemetryHook:
             report.send(COMMAND_EVENT)
         except KeyboardInterrupt:
             # The command itself has ended, and Kedro must keep its exit status.
-            _log("Ctrl-C ended the wait for a post")
+            _log("Ctrl-C ended the wait for Heap")
 
     def _assign_report(self, project_path: Path) -> _Report:
         """Return the report that covers a session: the command's, or else a new one.
 
-        A plugin's command that runs outside projects may open one by an option. Its
+        A plugin's command may run outside a project and open one through an option. Its
         report then gets the project's path.
         """
         report = self._command_report
         if report is None or not report.may_have_opened(project_path):
             return _Report(None, project_path)
-        report.project_path = report.project_path or project_path
+        if report.project_path is None:
+            report.project_path = project_path
         return report
 
 
 class _Report:
     """What is reported once: a command with its sessions, or a session on its own.
 
-    It has no lock: people copy and pickle sessions, and so the plugins in them.
+    It has no lock: people copy and pickle sessions with the plugins in them, and a lock
+    can be neither copied nor pickled.
     """
 
     def __init__(self, words: list[str] | None, project_path: Path | None) -> None:
@@ -221,7 +223,8 @@ class _Report:
         return (
             self.project_path is None
             or os.path.realpath(self.project_path) == os.path.realpath(project_path)
-            # kedro-auto-catalog passes a package's name where Kedro takes a path.
+            # kedro-auto-catalog passes a package's name where Kedro takes a path. What
+            # is no project cannot be another project.
             or not Path(project_path, "pyproject.toml").exists()
         )
 
@@ -238,14 +241,14 @@ class _Report:
         """Send one event, the first time only, whether or not Heap receives it."""
         if not self._is_sent:
             self._is_sent = True
-            _send(_Event(event_name, self.project_path, self.words, catalog))
+            _send(_Event(event_name, self.project_path, {}, self.words, catalog))
 
 
 telemetry_hook = KedroTelemetryHook()
 
 
-# The functions for other packages. Kedro-Viz and Kedro's extension for VS Code import
-# the private ones, kedro-skills and other plugins `send_telemetry_event`
+# The functions that other packages call. Kedro-Viz and Kedro's extension for VS Code
+# import the private ones, kedro-skills and other plugins `send_telemetry_event`
 
 
 def send_telemetry_event(
@@ -253,7 +256,7 @@ def send_telemetry_event(
     properties: Properties | None = None,
     project_path: Path | None = None,
 ) -> bool:
-    """Send an event of another Kedro plugin, subject to the same consent.
+    """Send another Kedro plugin's event, subject to the same consent.
 
     Args:
         event_name: The name of the event, such as `kedro_skills_install`.
@@ -262,32 +265,29 @@ def send_telemetry_event(
         project_path: The root of the project that the event belongs to, if any.
 
     Returns:
-        True if Heap has accepted the event. The function waits at most two seconds.
+        True if Heap has accepted the event. The function waits two seconds at most.
 
-    It may print the notice and store a missing UUID or project id. It raises only what
+    It may print the notice and store an identity or a project id. It raises only what
     signal handlers raise, such as KeyboardInterrupt.
     """
-    own = {} if properties is None else properties  # None is for Kedro's own events
-    return _send(_Event(event_name, project_path, properties=own))
+    own = {} if properties is None else properties
+    return _send(_Event(event_name, project_path, own))
 
 
 def _check_for_telemetry_consent(project_path: Path | None) -> bool | None:
     """Return True for granted, False for denied, None if there is no decision."""
-    return _find_consent(_Project(project_path)).decision
-
-
-_original_check = _check_for_telemetry_consent  # Kedro's tests replace the function
+    return _find_consent(project_path).decision
 
 
 def _get_or_create_uuid() -> str:
-    """Return the user's UUID, or "" if consent is denied or there can be no UUID."""
+    """Return the user's identity, or "" if consent is denied or there can be none."""
     if _check_for_telemetry_consent(None) is False:
         return ""
     return _get_or_create_identity()
 
 
 def _get_heap_app_id() -> str:
-    """Return the id of Kedro's application at Heap, or of one for its development."""
+    """Return the id that Heap has for Kedro, or for tests of Kedro."""
     return os.environ.get("HEAP_APPID_DEV", APP_ID)
 
 
@@ -297,10 +297,12 @@ def _get_project_properties(user_uuid: str, project_path: Path | None) -> Proper
     Kedro's extension for VS Code adds them to its own events. After a denial, nothing
     is created, and `project_id` is left out.
     """
-    project = _Project(project_path)
-    is_denied = _event_consent(project).decision is False
-    project_id = None if is_denied else _get_or_create_hashed_project_id(project)
-    return _for_heap(_base_properties(user_uuid, project, project_id))
+    with _suppress_and_log("Reading the project"):
+        is_denied = _check_for_telemetry_consent(project_path) is False
+        project = _Project(project_path)
+        project_id = None if is_denied else _get_or_create_hashed_project_id(project)
+        return _for_heap(_base_properties(user_uuid, project, project_id))
+    return {}
 
 
 def _is_valid_syntax(telemetry: Any) -> bool:
@@ -317,19 +319,18 @@ def __getattr__(name: str) -> Any:
     return ProjectMetadata
 
 
-# The entry points of kedro-telemetry and other packages import `kedro_telemetry.plugin`
-# and `.api`. A vendored copy registers itself under these names: Kedro imports the
-# project's settings before its plugins, and so never imports the installed release. If
-# that release has already been imported, it keeps the names. `mock.patch` looks them up
-# as attributes, too.
-plugin = api = sys.modules[__name__]
+# The entry points of kedro-telemetry, and other packages, import these two submodules.
+# A vendored copy registers itself under their names as well. Kedro imports a project's
+# settings, and so the copy, before its plugins, so the installed release is never
+# imported. If something has imported that release earlier, the names stay with it.
+plugin = api = sys.modules[__name__]  # `mock.patch` looks them up as attributes
 if "kedro_telemetry.plugin" not in sys.modules:
     sys.modules["kedro_telemetry"] = plugin
     sys.modules["kedro_telemetry.plugin"] = plugin
     sys.modules["kedro_telemetry.api"] = plugin
 
 
-# The one function that every event passes
+# The one function that every event goes through
 
 
 class _Event(NamedTuple):
@@ -337,50 +338,51 @@ class _Event(NamedTuple):
 
     name: str
     project_path: Path | None  # None outside of projects
+    properties: Properties  # of another plugin
     words: list[str] | None = None  # the arguments of a command; None without one
     catalog: Any = None  # of a session; None without one
-    properties: Properties | None = None  # of another plugin; None for Kedro's events
 
 
 def _send(event: _Event) -> bool:
     """Send an event if consent allows it; return True if Heap has accepted it.
 
-    Nothing is sent after TAB, in the back-off or in debug mode. Debug mode still shows
-    the notice and stores missing ids. A failure loses the event, and never the command.
-    The wait is outside the `try`, so that what the user's signal handlers raise
-    meanwhile reaches the caller.
+    A failure loses the event but never breaks the command. The wait is outside the
+    `try`: what the user's signal handlers raise meanwhile reaches the caller.
     """
     try:
-        if _is_shell_completion():
-            return False
-        project = _Project(event.project_path)
-        consent = _event_consent(project)
-        if consent.decision is False:
-            if _is_debug_mode():
-                click.echo(f"kedro-telemetry sends nothing: {consent.text}", err=True)
-            return False
-        if _back_off_end() is not None and not _is_debug_mode():
-            _log("An event was left out, as Heap did not answer the last one in time")
-            return False
-        if consent.decision is None:
-            _show_notice()
-        body = _create_body(event, project)
-        if _is_debug_mode():
-            text = json.dumps(body, indent=2)
-            click.echo(f"kedro-telemetry would send:\n{text}", err=True)
-            return False
-        post = _Post(body)
+        post = _start_post(event)
     except Exception as error:
         _log("An event was lost: %s", type(error).__name__)
         return False
-    return _start_and_wait_for(post)
+    return post is not None and _wait_for(post)
+
+
+def _start_post(event: _Event) -> _Post | None:
+    """Start to post an event in the background; return None if it is not to be sent."""
+    if _is_shell_completion():
+        return None
+    # Not `_find_consent`: Kedro's own tests replace this function.
+    decision = _check_for_telemetry_consent(event.project_path)
+    if _is_debug_mode():
+        _print_for_debugging(event, decision)
+        return None
+    if decision is False:
+        return None
+    if _back_off_end() is not None:
+        _log("An event was skipped: Heap did not answer the last one in time")
+        return None
+    if decision is None:
+        _show_notice()
+    post = _Post(_create_body(event))
+    post.start()
+    return post
 
 
 def _is_shell_completion() -> bool:
     """Return whether click runs to complete a line in a shell, such as after TAB.
 
     click names the variable after the program, such as `_KEDRO_COMPLETE`, or
-    `_KD_COMPLETE` for a script `kd` of the user's.
+    `_KD_COMPLETE` for a user's script named `kd`.
     """
     return any(
         value and name.startswith("_") and name.endswith("_COMPLETE")
@@ -390,6 +392,15 @@ def _is_shell_completion() -> bool:
 
 def _is_debug_mode() -> bool:
     return bool(os.environ.get("KEDRO_TELEMETRY_DEBUG"))
+
+
+def _print_for_debugging(event: _Event, decision: bool | None) -> None:
+    """Print an event, or why it is not sent, and change nothing."""
+    if decision is False:
+        text = f"sends nothing: {_find_consent(event.project_path).text}"
+    else:
+        text = f"would send:\n{json.dumps(_create_body(event), indent=2)}"
+    click.echo(f"kedro-telemetry {text}", err=True)
 
 
 def _log(message: str, *args: object) -> None:
@@ -412,23 +423,34 @@ def _suppress_and_log(what: str) -> Iterator[None]:
 # Files: how the parts below read and write them
 
 
-def _user_file(name: str) -> Path:
-    """Return a path in the user's configuration folder for Kedro.
+def _user_folders() -> list[Path]:
+    """Return the user's configuration folders, such as `/home/alice/.config/kedro`.
 
-    Raises OSError if the user has no home folder, as some services have none.
+    The first of them contains the plugin's files, as in kedro-telemetry 0.9.0. A
+    decision is in all of them: VS Code from Flatpak sets XDG_CONFIG_HOME to its own
+    folder, and tox and cron unset it. A service may have no home folder, and so none.
     """
     if sys.platform == "win32":
-        # kedro-telemetry 0.9.0 has its files in kedro\kedro.
-        folder = os.path.join(os.environ.get("LOCALAPPDATA", ""), "kedro")
+        # The files of 0.9.0 are in kedro\\kedro.
+        parents = [os.path.join(os.environ.get("LOCALAPPDATA", ""), "kedro")]
     elif sys.platform == "darwin":
-        folder = os.path.expanduser("~/Library/Application Support")
+        parents = ["~/Library/Application Support"]
     else:
-        folder = os.environ.get("XDG_CONFIG_HOME", "")
-        if not os.path.isabs(folder):  # counts as unset by the XDG specification
-            folder = os.path.expanduser("~/.config")
-    if not os.path.isabs(folder):
+        parents = [os.environ.get("XDG_CONFIG_HOME", ""), "~/.config"]
+    paths = [Path(os.path.expanduser(parent), "kedro") for parent in parents]
+    # By the XDG specification, an empty or relative path counts as unset.
+    return [path for path in dict.fromkeys(paths) if path.is_absolute()]
+
+
+def _user_file(name: str) -> Path:
+    """Return the path of one of the plugin's files.
+
+    Raises OSError if the user has no home folder, as is the case for some services.
+    """
+    folders = _user_folders()
+    if not folders:
         raise OSError("there is no home folder")
-    return Path(folder, "kedro", name)
+    return folders[0] / name
 
 
 def _read(path: Path) -> bytes | None:
@@ -440,7 +462,7 @@ def _read(path: Path) -> bytes | None:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    # Reading a pipe could block for ever.
+    # Reading a pipe might never return.
     if not path.is_file() or path.stat().st_size > LARGEST_FILE:
         raise OSError("not a file, or too large")
     return path.read_bytes()
@@ -456,11 +478,9 @@ def _parse_toml(content: bytes) -> dict[str, Any]:
         raise ValueError("nested too deeply") from error
 
 
-def _table(document: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Return the table at the path `names` in a TOML document, or {} for none."""
-    found: Any = document
-    for name in names:
-        found = found.get(name) if isinstance(found, dict) else None
+def _table(parent: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a table of a TOML document or table; an empty one if there is none."""
+    found = parent.get(name)
     return found if isinstance(found, dict) else {}
 
 
@@ -468,8 +488,9 @@ def _replace(path: Path, old: bytes | None, new: bytes) -> None:
     """Replace a file in one step, if it still contains `old` (None: if there is none).
 
     The disk may be full, and an editor may save the file at the same moment. Symbolic
-    links and the owner stay, and so do the mode, access lists and attributes where the
-    drive allows it. Raises OSError if the file has changed or cannot be replaced.
+    links and the owner are preserved, and so are the mode, access lists and attributes
+    where the file system allows it. Raises OSError if the file has changed or cannot be
+    replaced.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -494,8 +515,7 @@ def _copy_metadata(source: Path, target: Path) -> None:
     Raises OSError if `source` is read-only, or if its owner cannot be kept. Root could
     write to a read-only file, but somebody has made it read-only on purpose.
     """
-    from shutil import copystat
-    from stat import S_IMODE
+    from shutil import copymode, copystat
 
     found = source.stat()
     made = target.stat()
@@ -504,12 +524,10 @@ def _copy_metadata(source: Path, target: Path) -> None:
     if (found.st_uid, found.st_gid) != (made.st_uid, made.st_gid):
         os.chown(target, found.st_uid, found.st_gid)
     # Mounted drives (WSL, Azure Files) may refuse each of these. `copystat` stops at
-    # the first that is refused, and copies the mode late.
-    if found.st_mode != made.st_mode:
-        with _suppress_and_log("Copying the mode of a file"):
-            target.chmod(S_IMODE(found.st_mode))
-    with _suppress_and_log("Copying the attributes of a file"):
-        copystat(source, target)
+    # the first refusal, and copies the mode late.
+    for copy in (copymode, copystat):
+        with _suppress_and_log("Copying the mode or the attributes of a file"):
+            copy(source, target)
 
 
 def _write_empty(path: Path) -> None:
@@ -519,63 +537,44 @@ def _write_empty(path: Path) -> None:
     path.touch()
 
 
-# The project: what consent, the project's id and the properties need to know of it
-
-
-class _Pyproject:
-    """The file `pyproject.toml` of a project, as it is when this is made."""
-
-    def __init__(self, project_path: Path | None) -> None:
-        self.path = Path(project_path or "", "pyproject.toml")
-        self.content: bytes | None = None  # None if it is absent or unreadable
-        self.document: dict[str, Any] = {}
-        self.is_broken = False  # it cannot be read or parsed
-        if project_path is None:
-            return
-        try:
-            self.content = _read(self.path)
-            self.document = _parse_toml(self.content or b"")
-        except (OSError, ValueError) as error:
-            self.is_broken = True
-            _log("Reading pyproject.toml failed: %s", type(error).__name__)
+# The project: what its `pyproject.toml` says, and where its package is
 
 
 class _Project:
-    """A project, or a folder without one, as one event sees it.
-
-    Its `pyproject.toml` is read once, when it is first needed. For an event that a
-    variable or a `.telemetry` denies, it is not read at all.
-    """
+    """A project as `pyproject.toml` describes it at the time of construction."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path  # None outside of projects
-        self._pyproject: _Pyproject | None = None  # None until it is needed
-
-    @property
-    def pyproject(self) -> _Pyproject:
-        if self._pyproject is None:
-            self._pyproject = _Pyproject(self.path)
-        return self._pyproject
+        self.file = Path(path or "", "pyproject.toml")
+        self.content: bytes | None = None  # None if it is absent or unreadable
+        self.tool: dict[str, Any] = {}  # its table `[tool]`
+        self.is_broken = False  # it cannot be read or parsed
+        if path is None:
+            return
+        try:
+            self.content = _read(self.file)
+            self.tool = _table(_parse_toml(self.content or b""), "tool")
+        except Exception as error:
+            self.is_broken = True
+            _log("Reading pyproject.toml failed: %s", type(error).__name__)
 
     @property
     def kedro_table(self) -> dict[str, Any]:
-        """What Kedro itself reads of `pyproject.toml`."""
-        return _table(self.pyproject.document, "tool", "kedro")
+        """What Kedro itself reads of the file."""
+        return _table(self.tool, "kedro")
+
+    @property
+    def id(self) -> Any:
+        """The id of a Kedro project, of any type; None if there is none."""
+        if "kedro" not in self.tool:
+            return None
+        return _table(self.tool, "kedro_telemetry").get("project_id")
 
     @property
     def package(self) -> str | None:
-        """The name of the project's package, None if it declares none."""
+        """The name of the project's package; None if it declares none."""
         name = self.kedro_table.get("package_name")
         return name if isinstance(name, str) else None
-
-    @property
-    def package_folder(self) -> Path:
-        """Where the project has its package, such as `spaceships/src/spaceships`.
-
-        Without a package, it ends in `None`, a folder from which nothing is imported.
-        """
-        source = os.path.expanduser(str(self.kedro_table.get("source_dir", "src")))
-        return Path(self.path or "", source, *str(self.package).split("."))
 
 
 def _loaded_package() -> str | None:
@@ -584,28 +583,18 @@ def _loaded_package() -> str | None:
     return getattr(project, "PACKAGE_NAME", None)
 
 
-def _imported_folders(package: str | None) -> list[str]:
-    """Return where a package lies, in full; nothing unless it has been imported."""
-    module = sys.modules.get(package or "")
-    return [os.path.realpath(folder) for folder in getattr(module, "__path__", [])]
+def _package_folders(package: str) -> list[str]:
+    """Return the real paths of a package's folders, without importing it."""
+    from importlib.util import find_spec
 
-
-def _is_imported(project: _Project) -> bool:
-    """Return whether this process has imported a project's package from its folder."""
-    folders = _imported_folders(project.package)
-    return os.path.realpath(project.package_folder) in folders
-
-
-def _may_be_running(project: _Project) -> bool:
-    """Return whether the running code may be this project's.
-
-    A packaged project may run in the folder of another project, and Kedro takes the
-    current directory for its root.
-    """
-    if project.package in sys.modules:
-        return _is_imported(project)
-    # True if Kedro has loaded nothing, or this package, whose import has then failed.
-    return _loaded_package() in (None, project.package)
+    # `find_spec("a.b")` would import `a`, so folders stand for the other names.
+    module = sys.modules.get(package)
+    if module is not None:
+        return [os.path.realpath(folder) for folder in getattr(module, "__path__", [])]
+    top, *names = package.split(".")
+    spec = find_spec(top)
+    roots = spec.submodule_search_locations if spec else None
+    return [os.path.realpath(Path(root, *names)) for root in roots or []]
 
 
 # Consent: whether an event may be sent at all. Each source can deny it
@@ -620,80 +609,74 @@ class _Consent(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The reason, with the path on a separate line, as it may be long."""
+        """The reason, with the path on a separate line, because it may be long."""
         return self.reason if self.path is None else f"{self.reason}:\n{self.path}"
 
 
 NO_DECISION = _Consent(None, "on by default: no opt-out and no opt-in found")
 
 
-def _event_consent(project: _Project) -> _Consent:
-    """Return the consent for an event.
-
-    Kedro's own tests replace `_check_for_telemetry_consent` so that nothing is sent.
-    """
-    if _check_for_telemetry_consent is _original_check:
-        return _find_consent(project)
-    return _Consent(_check_for_telemetry_consent(project.path), "a test decides")
-
-
-def _find_consent(project: _Project) -> _Consent:
+def _find_consent(project_path: Path | None) -> _Consent:
     """Return the first denial of all sources, or else the first grant."""
     found = NO_DECISION
     try:
-        for consent in _consent_sources(project):
+        for consent in _consent_sources(project_path):
             if consent.decision is False:
                 return consent
             if found.decision is None:
                 found = consent
-    except Exception as error:  # consent that cannot be found out is denied
+    except Exception as error:  # any doubt is a denial
         return _Consent(False, f"consent cannot be read ({type(error).__name__})")
     return found
 
 
-def _consent_sources(project: _Project) -> Iterator[_Consent]:
+def _consent_sources(project_path: Path | None) -> Iterator[_Consent]:
     """Yield what each source decides, the quickest first. Add a new source here."""
     yield _environment_consent()
-    for path in _consent_files(project.path):
+    for path in _consent_files(project_path):
         yield _file_consent(path)
-    if project.pyproject.is_broken:  # the settings that it leads to may deny
-        yield _Consent(False, "this file cannot be read", project.pyproject.path)
-    for package, folder in _settings_places(project):
-        yield _settings_consent(package, folder)
+    project = _Project(project_path)
+    if project.is_broken:  # its settings cannot be found, and might deny
+        yield _Consent(False, "this file cannot be read", project.file)
+    yield _imported_settings_consent(project)
+    for path in _other_settings_files(project):
+        yield _source_consent(path)
 
 
 def _environment_consent() -> _Consent:
     for name in OPT_OUT_VARIABLES:
         if name in os.environ:  # any value opts out, even "", "0" or "false"
             return _Consent(False, f"{name} is set")
+    # Kedro goes by this variable once it has loaded a project. VS Code loads none.
+    if _may_name_this_plugin(os.environ.get(f"DYNACONF_{HOOK_SWITCH}", "")):
+        return _Consent(False, f"DYNACONF_{HOOK_SWITCH} names {PLUGIN_NAME}")
     if os.environ.get("GITHUB_REPOSITORY_OWNER") == "kedro-org":  # Kedro's own CI
         return _Consent(False, "GITHUB_REPOSITORY_OWNER is kedro-org")
     return NO_DECISION
 
 
 def _consent_files(project_path: Path | None) -> Iterable[Path]:
-    """Return where a `.telemetry` counts.
+    """Return the `.telemetry` files that count.
 
     The notice of kedro-telemetry 0.9.0 asked people to put it into the current
     directory. No folder above is read: in a folder of an automounter (`/home`, `/net`)
     that can take a minute.
     """
-    paths = []
-    with _suppress_and_log("Finding the home folder"):
-        paths.append(_user_file(".telemetry"))
+    folders = _user_folders()
     with _suppress_and_log("Finding the current directory"):  # it may have been deleted
-        paths.append(Path.cwd() / ".telemetry")
+        folders.append(Path.cwd())
     if project_path is not None:
-        paths.append(Path(project_path, ".telemetry"))
-    return dict.fromkeys(paths)  # most commands run in the project's root: read it once
+        folders.append(Path(project_path))
+    # Most commands run in the project's root, whose file is then read once.
+    return dict.fromkeys(folder / ".telemetry" for folder in folders)
 
 
 def _file_consent(path: Path) -> _Consent:
     """Return what a `.telemetry` file decides; one that cannot be read denies."""
     try:
-        # Windows PowerShell 5 writes a byte order mark.
+        # `Set-Content -Encoding utf8` of Windows PowerShell 5 writes a byte order mark.
         decision = _parse_consent((_read(path) or b"").decode("utf-8-sig"))
-    except (OSError, ValueError):
+    except Exception:
         return _Consent(False, "this file cannot be read", path)
     if decision is None:
         return NO_DECISION
@@ -707,138 +690,102 @@ def _parse_consent(text: str) -> bool | None:
     Anything else denies, such as a merge conflict, or the `DO_NOT_TRACK=1` that someone
     wrote into a `.telemetry`. Blank lines and comments say nothing.
     """
-    lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("#")]
-    if not lines:
+    pairs = []
+    for line in text.lower().splitlines():
+        statement = re.split(r"(?:^|[ \t])#", line, maxsplit=1)[0].strip(" \t")
+        key, _, value = statement.partition(":")
+        if statement:
+            pairs.append((_unquote(key), _unquote(value)))
+    if not pairs:
         return None
-    return all(re.fullmatch(GRANT, line) for line in lines)
+    return all(key == "consent" and value in GRANTS for key, value in pairs)
 
 
-def _settings_places(project: _Project) -> Iterable[tuple[str, str]]:
-    """Return the packages whose settings count, each with its folder.
+def _unquote(text: str) -> str:
+    """Return a key or a value without blanks and one matching pair of quotes."""
+    return re.sub(r"""^(["'])(.*)\1$""", r"\2", text.strip(" \t"))
 
-    A packaged project may run in the folder of another project, and then the settings
-    of both count. A web service may have imported several projects, and then only those
-    of the event's own project count.
+
+def _imported_settings_consent(project: _Project) -> _Consent:
+    """Return what the settings decide that this process has imported.
+
+    They are the project's own if it has imported them: a web service may have loaded
+    another project since. Otherwise, they are those of the project that Kedro has
+    loaded, such as a packaged one that runs in the folder of this project.
     """
-    places = []
-    if project.package is not None:
-        places.append((project.package, os.path.realpath(project.package_folder)))
-        # An installed package is outside the project's folder.
-        folders = _imported_folders(project.package)
-        places += [(project.package, folder) for folder in folders]
     loaded = _loaded_package()
-    if loaded is not None and not _is_imported(project):
-        places += [(loaded, folder) for folder in _package_folders(loaded)]
-    return dict.fromkeys(places)
+    is_own = f"{project.package}.settings" in sys.modules
+    package = project.package if is_own else loaded
+    module = sys.modules.get(f"{package}.settings")
+    names = {} if module is None else vars(module)
+    for variable in OPT_OUT_VARIABLES:
+        if variable in names:  # some people assign the variable here
+            file = Path(str(names.get("__file__")))
+            return _Consent(False, f"this file names {variable}", file)
+    switch = names.get(HOOK_SWITCH, ())
+    if loaded is not None and package == loaded:  # Kedro knows dynaconf's files as well
+        switch = getattr(sys.modules["kedro.framework.project"].settings, HOOK_SWITCH)
+    if _may_name_this_plugin(switch):
+        return _Consent(False, f"Kedro's setting {HOOK_SWITCH} names {PLUGIN_NAME}")
+    return NO_DECISION
 
 
-def _package_folders(package: str) -> list[str]:
-    """Return where a package lies, in full, without importing it."""
-    from importlib.util import find_spec
+def _may_name_this_plugin(switch: object) -> bool:
+    """Return whether a value of Kedro's switch may name this plugin.
 
-    if package in sys.modules:
-        return _imported_folders(package)
-    # Kedro may have failed to import it. find_spec("a.b") would import `a`.
-    top, *names = package.split(".")
-    spec = find_spec(top)
-    roots = spec.submodule_search_locations if spec else None
-    return [os.path.realpath(Path(root, *names)) for root in roots or []]
+    People write a tuple, or `("kedro-telemetry")`, which is a text. Some write the name
+    with an underscore. Other types may hide what they contain, as a generator does.
+    """
+    if not isinstance(switch, (list, tuple, set, frozenset, str)):
+        return True
+    return PLUGIN_NAME in re.sub("[-_.]+", "-", str(switch).lower())
 
 
-def _settings_consent(package: str, folder: str) -> _Consent:
-    """Return what `settings.py` decides, by its names or else by its source.
+def _other_settings_files(project: _Project) -> Iterator[Path]:
+    """Yield where there may be settings that this process has not imported.
 
     Kedro's extension for VS Code and kedro-skills ask in processes that load no
-    project. Kedro itself carries on without settings that it failed to import.
+    project. Kedro itself carries on without settings that it failed to import. Two
+    checkouts, or an installed package and its checkout, share the name of a package.
     """
-    module = sys.modules.get(f"{package}.settings")
-    if module is not None and folder in _imported_folders(package):
-        return _consent_of_names(vars(module), Path(folder, "settings.py"))
-    for path in (Path(folder, "settings.py"), Path(folder, "settings", "__init__.py")):
-        consent = _consent_of_source(path)
-        if consent.decision is False:
-            return consent
-    return NO_DECISION
+    folders = []
+    imported = None
+    if project.package is not None:
+        source = os.path.expanduser(str(project.kedro_table.get("source_dir", "src")))
+        parts = project.package.split(".")
+        folders.append(os.path.join(project.path or "", source, *parts))
+        file = getattr(sys.modules.get(f"{project.package}.settings"), "__file__", None)
+        imported = None if file is None else os.path.realpath(file)
+    loaded = _loaded_package()
+    if loaded is not None and f"{loaded}.settings" not in sys.modules:
+        folders += _package_folders(loaded)
+    for folder in folders:
+        for name in ("settings.py", "settings/__init__.py"):
+            if os.path.realpath(os.path.join(folder, name)) != imported:
+                yield Path(folder, name)
 
 
-def _consent_of_names(names: dict[str, Any], path: Path) -> _Consent:
-    """Return what imported settings decide, from the names in them."""
-    for variable in OPT_OUT_VARIABLES:
-        if variable in names:  # people set the variable here, too
-            return _Consent(False, f"this file names {variable}", path)
-    entries = names.get(HOOK_SWITCH, ())
-    if isinstance(entries, str):  # ("kedro-telemetry") without a comma
-        entries = (entries,)
-    # A generator is not read, as Kedro could not read it again.
-    is_doubtful = not isinstance(entries, (list, tuple, set, frozenset))
-    if is_doubtful or any(_may_name_this_plugin(entry) for entry in entries):
-        return _Consent(False, f"this file names {HOOK_SWITCH}", path)
-    return NO_DECISION
+def _source_consent(path: Path) -> _Consent:
+    """Return what the source of settings decides, without running it.
 
-
-def _consent_of_source(path: Path) -> _Consent:
-    """Return what the source of settings decides, without running it."""
+    Any mention of a name that can deny does so, except in lines that are comments:
+    Kedro's template has such lines. What `import *` brings along is unknown.
+    """
     try:
-        denial = _denial_in(_Source(_read(path) or b""))
-    except Exception:  # it is unreadable, or written for another version of Python
-        denial = "this file cannot be read"
-    return NO_DECISION if denial is None else _Consent(False, denial, path)
+        lines = (_read(path) or b"").splitlines()
+    except Exception:
+        return _Consent(False, "this file cannot be read", path)
+    code = [line for line in lines if not line.lstrip().startswith(b"#")]
+    text = b"\n".join(code).decode("latin-1")  # which takes any bytes
+    for name in (*OPT_OUT_VARIABLES, HOOK_SWITCH):
+        if re.search(rf"(?a)\b{name}\b", text):
+            return _Consent(False, f"this file names {name}", path)
+    if re.search(r"\bimport[\s\\]*\*", text):
+        return _Consent(False, "this file imports *", path)
+    return NO_DECISION
 
 
-def _denial_in(source: _Source) -> str | None:
-    """Return why the source of settings denies, None if it does not.
-
-    What it imports may deny. A value that it computes stays unknown.
-    """
-    for variable in OPT_OUT_VARIABLES:
-        if variable in source.words:
-            return f"this file names {variable}"
-    is_named = any(_may_name_this_plugin(text) for text in source.constants)
-    if HOOK_SWITCH in source.imports or (HOOK_SWITCH in source.words and is_named):
-        return f"this file names {HOOK_SWITCH}"
-    return "this file imports *" if "*" in source.imports else None
-
-
-def _may_name_this_plugin(entry: object) -> bool:
-    """Return whether an entry of HOOK_SWITCH may be this plugin.
-
-    Names are compared as packaging normalises them: `kedro_telemetry` is this plugin,
-    and `kedro-telemetry-extras` is another. A text may list several names.
-    """
-    if not isinstance(entry, str):
-        return True
-    names = re.findall(r"[\w.-]+", entry)
-    return any(re.sub("[-_.]+", "-", name).lower() == PLUGIN_NAME for name in names)
-
-
-class _Source:
-    """What a file of Python names. Raises what `ast.parse` raises."""
-
-    def __init__(self, content: bytes) -> None:
-        import ast
-
-        self.words: set[str] = set()  # all names, and all words in constants
-        self.constants: set[str] = set()  # texts in quotes
-        self.imports: set[str] = set()  # what is imported, before and after `as`
-        # Python warns of an unknown escape such as "\d", and a filter for warnings
-        # would act on the user's threads, too. So each becomes an escaped backslash.
-        known = re.sub(rb"\\[^\r\n]", rb"\\\\", content)
-        for node in ast.walk(ast.parse(known)):
-            # The fields of a node that are text are names, or a text in quotes.
-            fields = chain.from_iterable(
-                field if isinstance(field, list) else [field]
-                for field in vars(node).values()
-            )
-            names = [field for field in fields if isinstance(field, str)]
-            self.words.update(re.findall(r"\w+", " ".join(names)))
-            if isinstance(node, ast.alias):
-                self.imports.update(names)
-            if isinstance(node, ast.Constant):
-                self.constants.update(names)
-
-
-# The notice: for people who have not decided
+# The notice: for people who have made no decision yet
 
 
 def _show_notice() -> None:
@@ -846,59 +793,55 @@ def _show_notice() -> None:
 
     Not on CI machines: Azure Pipelines may fail a job for text on standard error.
     """
-    if _is_ci_env() or _was_notice_seen():
+    if _is_ci_env():
         return
-    # Standard error may be full or closed.
+    with _suppress_and_log("Finding out whether the notice was seen"):
+        if _user_file("telemetry.notice").exists():
+            return
+    # Standard error may be full or closed; pythonw and services have none.
     with _suppress_and_log("Showing the notice"):
         click.echo(NOTICE, err=True)
-        if _is_seen_by_somebody():
+        # After `2> /dev/null`, or in a scheduler's job, it goes unseen.
+        is_notebook = type(sys.stderr).__module__.startswith("ipykernel.")
+        if is_notebook or sys.stderr.isatty():
             _write_empty(_user_file("telemetry.notice"))
 
 
-def _was_notice_seen() -> bool:
-    try:
-        return _user_file("telemetry.notice").exists()
-    except OSError:  # there is no home folder
-        return False
+# Ids: random numbers that link the events of a user and of a project
 
 
-def _is_seen_by_somebody() -> bool:
-    """Return whether standard error is a terminal or a Jupyter notebook.
+def _may_create_ids() -> bool:
+    """Return whether missing ids may be stored.
 
-    After `2> /dev/null`, or in a scheduler's job, the notice goes unseen.
+    Each new CI container would count as a user, and a CI checkout must not change.
+    Debug mode changes nothing.
     """
-    stream = sys.stderr
-    if stream is None:  # pythonw and services have none
-        return False
-    return stream.isatty() or type(stream).__module__.startswith("ipykernel.")
-
-
-# Identity: random numbers that link the events of a user and of a project
+    return not (_is_ci_env() or _is_debug_mode())
 
 
 def _get_or_create_identity() -> str:
-    """Return or create the user's UUID; "" if CI or the disk allows none to be made."""
+    """Return or create the user's identity; "" if none may or can be stored."""
     from uuid import uuid4
 
     with _suppress_and_log("Storing the identity"):
         path = _user_file("telemetry.toml")
         content = _read(path)
-        identity = _uuid_in(content)
-        if identity or _is_ci_env():  # each new CI container would count as a user
+        identity = _identity_in(content)
+        if identity or not _may_create_ids():
             return identity
-        # Only this plugin writes the file, so one without a UUID is replaced whole.
+        # Only this plugin writes the file, so one without an identity is replaced.
         _replace(path, content, f'[telemetry]\nuuid = "{uuid4().hex}"\n'.encode())
-    return _stored_identity()  # which may be another process's, if that was faster
+    return _stored_identity()  # another process may have stored one first
 
 
 def _stored_identity() -> str:
-    """Return the user's UUID, or "" if none is stored."""
+    """Return the user's identity, or "" if none is stored."""
     with _suppress_and_log("Reading the identity"):
-        return _uuid_in(_read(_user_file("telemetry.toml")))
+        return _identity_in(_read(_user_file("telemetry.toml")))
     return ""
 
 
-def _uuid_in(content: bytes | None) -> str:
+def _identity_in(content: bytes | None) -> str:
     """Return the UUID in `telemetry.toml` as 32 hex digits, or "" if none is valid."""
     from uuid import UUID
 
@@ -913,31 +856,22 @@ def _get_or_create_hashed_project_id(project: _Project) -> str | None:
     """Return the hash of a project's id and package, None if the project has no id."""
     from hashlib import sha512
 
-    pyproject = project.pyproject
-    project_id = _project_id_in(pyproject)
-    if project_id is None and not _is_ci_env():  # a CI checkout must not change
+    project_id = project.id
+    if project_id is None and _may_create_ids():
         with _suppress_and_log("Storing a project id"):
-            _add_project_id(pyproject)
-            # The id may be another process's, if that was faster.
-            project_id = _project_id_in(_Pyproject(project.path))
+            _add_project_id(project)
+        # Another process may have stored one first.
+        project_id = _Project(project.path).id
     if project_id is None:
         return None
-    # As in kedro-telemetry 0.9.0, so that the hash stays the same. The declared name
-    # comes first, as a web service may have loaded another project meanwhile.
+    # As in kedro-telemetry 0.9.0, which keeps the hash the same. The declared name
+    # comes first: a web service may since have loaded another project.
     loaded = _loaded_package()
     package = (project.package or loaded) if loaded else "undefined_package_name"
     return sha512(f"{project_id}{package}".encode()).hexdigest()
 
 
-def _project_id_in(pyproject: _Pyproject) -> Any:
-    """Return the id of a Kedro project, of any type; None if there is none."""
-    tool = _table(pyproject.document, "tool")
-    if "kedro" not in tool:
-        return None
-    return _table(tool, "kedro_telemetry").get("project_id")
-
-
-def _add_project_id(pyproject: _Pyproject) -> None:
+def _add_project_id(project: _Project) -> None:
     """Write a new id into a table at the end of a Kedro project's `pyproject.toml`.
 
     A file that has such a table stays as it is. Raises ValueError if the file would not
@@ -945,32 +879,39 @@ def _add_project_id(pyproject: _Pyproject) -> None:
     """
     from uuid import uuid4
 
-    tool = _table(pyproject.document, "tool")
-    if pyproject.content is None or "kedro" not in tool or "kedro_telemetry" in tool:
+    content = project.content
+    tables = project.tool
+    if content is None or "kedro" not in tables or "kedro_telemetry" in tables:
         return
-    newline = "\r\n" if b"\r\n" in pyproject.content else "\n"
-    gap = newline if pyproject.content.endswith(b"\n") else newline * 2
+    newline = "\r\n" if b"\r\n" in content else "\n"
+    gap = newline if content.endswith(b"\n") else newline * 2
     lines = ("[tool.kedro_telemetry]", f'project_id = "{uuid4().hex}"', "")
-    edited = pyproject.content + (gap + newline.join(lines)).encode()
+    edited = content + (gap + newline.join(lines)).encode()
     _parse_toml(edited)  # raises where `tool = {...}` takes no more tables
-    _replace(pyproject.path, pyproject.content, edited)
+    _replace(project.file, content, edited)
 
 
 # Properties: what an event reports
 
 
-def _create_body(event: _Event, project: _Project) -> dict[str, Any]:
+def _create_body(event: _Event) -> dict[str, Any]:
     """Return an event as Heap receives it, and create the ids that are missing."""
-    from datetime import UTC, datetime
-
-    # Kedro's own events belong to the running code. A plugin names its project itself.
-    if event.properties is None and not _may_be_running(project):
-        project = _Project(None)
+    project = _Project(event.project_path)
+    # Another plugin names the project of its event. Kedro takes the current directory
+    # for a packaged project, which may run in the folder of another one. The project is
+    # the right one if Kedro has loaded none or this one, the last time or earlier.
+    if event.name in (COMMAND_EVENT, SESSION_EVENT):
+        loaded = _loaded_package()
+        is_own = loaded in (None, project.package) or project.package in sys.modules
+        project = project if is_own else _Project(None)
     identity = _get_or_create_identity()
     project_id = _get_or_create_hashed_project_id(project)
-    properties = dict(event.properties or {})
+    properties = dict(event.properties)
     if event.words is not None:
-        properties |= _command_properties(event.words)
+        with _suppress_and_log("Masking the command"):
+            masked = _mask(event.words)
+            properties["command"] = " ".join(["kedro", *masked])
+            properties["main_command"] = masked[0] if masked else "kedro"
     if event.catalog is not None:
         properties |= _session_properties(event.catalog, project)
     properties |= _base_properties(identity, project, project_id)
@@ -984,21 +925,18 @@ def _create_body(event: _Event, project: _Project) -> dict[str, Any]:
 
 
 def _for_heap(properties: Properties) -> Properties:
-    """Return properties with values that Heap takes, without those that have none."""
+    """Return properties with values that Heap takes, without those that are None."""
     accepted: Properties = {}
     for key, value in properties.items():
         if value is None:
             continue
         with _suppress_and_log("Converting a property"):  # `str()` of a huge int fails
-            accepted[str(key)[:LONGEST_TEXT]] = _heap_value(value)
+            is_number = isinstance(value, (int, float))
+            # JSON has no inf and nan, and Heap no larger numbers.
+            is_sent = is_number and abs(value) <= sys.float_info.max
+            text = str(value)[:LONGEST_TEXT]
+            accepted[str(key)[:LONGEST_TEXT]] = value if is_sent else text
     return accepted
-
-
-def _heap_value(value: object) -> str | float:
-    """Return a number or a boolean as it is, and anything else as a short text."""
-    if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
-        return value
-    return str(value)[:LONGEST_TEXT]  # inf and nan, too, which JSON does not have
 
 
 def _base_properties(
@@ -1044,15 +982,6 @@ def _public_tools(written: object) -> str | None:
     return ", ".join(name for name in names if name in KEDRO_TOOLS) or None
 
 
-def _command_properties(words: list[str]) -> Properties:
-    """Return the properties of a command, whose words are masked."""
-    with _suppress_and_log("Masking the command"):
-        masked = _mask(words)
-        command = " ".join(["kedro", *masked])
-        return {"command": command, "main_command": masked[0] if masked else "kedro"}
-    return {}
-
-
 def _session_properties(catalog: Any, project: _Project) -> Properties:
     """Return the properties of a session. Add a new one here.
 
@@ -1079,16 +1008,16 @@ def _dataset_names(catalog: Any) -> list[str]:
 def _pipeline_counts(project: _Project) -> Properties:
     """Count pipelines and nodes if Kedro has loaded all of them.
 
-    To load them is to run the user's code, which may take long, print or raise. Kedro
-    has only the pipelines of the project that it loaded last.
+    Loading them runs the user's code, which may take long, print or raise. Kedro has
+    only the pipelines of the project that it loaded last.
     """
     from kedro.framework.project import pipelines
 
     if project.package not in (None, _loaded_package()):
         return {}
-    # Since Kedro 1.5, `kedro run --pipelines x` loads x alone.
-    is_partial = getattr(pipelines, "_requested_pipelines", None)
-    if is_partial or not pipelines._is_data_loaded:
+    # Since Kedro 1.5, `kedro run --pipelines x` requests x and loads nothing else.
+    requested = getattr(pipelines, "_requested_pipelines", None)
+    if requested or not pipelines._is_data_loaded:
         return {}
     properties: Properties = {}
     with _suppress_and_log("Counting the nodes"):  # a registry may return anything
@@ -1099,8 +1028,6 @@ def _pipeline_counts(project: _Project) -> Properties:
 
 def _dataset_type_counts(catalog: Any) -> Properties:
     """Count the datasets of each public type; catalogs know types since Kedro 1.0."""
-    from functools import cache
-
     if not hasattr(catalog, "get_type"):
         return {}
     configs = getattr(getattr(catalog, "config_resolver", None), "config", {})
@@ -1112,7 +1039,7 @@ def _dataset_type_counts(catalog: Any) -> Properties:
         with _suppress_and_log("Finding the type of a dataset"):
             if name in configs:
                 found = declared_type(configs[name]["type"])
-            else:  # a catalog class of the user's has added it, and imported its class
+            else:  # the user's code has added it, and so has imported its class
                 found = _public_type(catalog.get_type(name))
         counts[f"dataset_type_count.{found}"] += 1
     return dict(counts)
@@ -1121,7 +1048,7 @@ def _dataset_type_counts(catalog: Any) -> Properties:
 def _public_type(class_name: object) -> str:
     """Return the full name of a class of Kedro or kedro-datasets, or else CUSTOM."""
     name = str(class_name)
-    return name if name.startswith(PUBLIC_DATASETS) else CUSTOM
+    return name if re.fullmatch(PUBLIC_CLASS, name) else CUSTOM
 
 
 def _declared_type(declared: str | type) -> str:
@@ -1167,7 +1094,7 @@ def _validator_counts(catalog: Any) -> Properties:
 
 
 def _mask(words: list[str]) -> list[str]:
-    """Replace by MASK each word that neither Kedro nor an installed plugin defines.
+    """Replace with MASK each word that neither Kedro nor an installed plugin defines.
 
     Commands, the names of the last command's options and Kedro's own starters stay.
     """
@@ -1175,7 +1102,7 @@ def _mask(words: list[str]) -> list[str]:
     options = _option_names(commands)
     rest = _split_at_equals_sign(words[len(commands) :], options)
     if not commands and rest and rest[0] not in options:
-        return [MASK]  # a project's own command, or a typo: not even a count is sent
+        return [MASK]  # a project's own command, or a typo
     masked = words[: len(commands)]
     for previous, word in pairwise(["", *rest]):
         is_starter = previous in options and _is_official_starter(previous, word)
@@ -1184,35 +1111,32 @@ def _mask(words: list[str]) -> list[str]:
 
 
 def _known_commands(words: list[str]) -> list[click.Command]:
-    """Return the public commands that `words` begins with, a group before its own."""
+    """Return the public commands that `words` begins with, the outermost first."""
     commands: list[click.Command] = []
-    groups: Iterable[Any] = chain(_kedro_groups(), _plugin_groups())
+    groups: Iterable[Any] = _public_groups()
     for word in words:
         command = None if word.startswith("-") else _find_command(groups, word)
         if command is None:
             break
         commands.append(command)
-        groups = [command]
+        groups = [command] if hasattr(command, "get_command") else []
     return commands
 
 
-def _kedro_groups() -> list[click.Group]:
-    """Return Kedro's groups of commands: each is a variable of its CLI module."""
-    from kedro.framework.cli import cli as cli_module
-
-    groups = vars(cli_module).values()
-    return [group for group in groups if isinstance(group, click.Group)]
-
-
-def _plugin_groups() -> Iterator[Any]:
-    """Yield the groups of commands of the plugins that Kedro has loaded."""
+def _public_groups() -> Iterator[Any]:
+    """Yield Kedro's groups of commands, then those of plugins that Kedro has loaded."""
     from importlib.metadata import entry_points
 
+    from kedro.framework.cli import cli as cli_module
+
+    for variable in list(vars(cli_module).values()):  # all of Kedro's are here
+        if isinstance(variable, click.Group):
+            yield variable
     for name in ("kedro.global_commands", "kedro.project_commands"):
         for entry_point in entry_points(group=name):
             if entry_point.module not in sys.modules:
                 continue  # Kedro could not import it
-            with _suppress_and_log("Loading a plugin's commands"):
+            with suppress(Exception, SystemExit):  # it may lack the name
                 yield entry_point.load()
 
 
@@ -1227,8 +1151,7 @@ def _find_command(groups: Iterable[Any], name: str) -> click.Command | None:
             if command and command.name == name and _is_public(command, group):
                 return command
         except (Exception, SystemExit) as error:
-            # A plugin may import the command now, and exit. A command that is no group
-            # has no `get_command`.
+            # A plugin may import the command now, and exit.
             _log("Looking up a command failed: %s", type(error).__name__)
     return None
 
@@ -1245,11 +1168,9 @@ def _is_public(command: click.Command, group: click.Command) -> bool:
 def _source_file(command: click.Command) -> Path | None:
     """Return the file of the code behind a command, None if it has none.
 
-    `__module__` does not say whose a command is: kedro-databricks has modules named
+    `__module__` does not say who defines a command: kedro-databricks has modules named
     `run` and `init`.
     """
-    from inspect import unwrap
-
     function: Any = command.callback
     code = getattr(unwrap(function), "__code__", None)
     file = Path(getattr(code, "co_filename", ""))
@@ -1257,9 +1178,10 @@ def _source_file(command: click.Command) -> Path | None:
 
 
 def _is_in_package(file: Path | None, package: str | None) -> bool:
-    """Return whether a file belongs to a package that has been imported."""
-    folders = _imported_folders(package)
-    return file is not None and any(file.is_relative_to(folder) for folder in folders)
+    """Return whether a file belongs to a package."""
+    if file is None or package is None:
+        return False
+    return any(file.is_relative_to(folder) for folder in _package_folders(package))
 
 
 def _option_names(commands: list[click.Command]) -> set[str]:
@@ -1284,7 +1206,7 @@ def _split_at_equals_sign(words: list[str], options: set[str]) -> list[str]:
 
 
 def _is_official_starter(option: str, value: str) -> bool:
-    """Return whether `value` is a starter of Kedro's own, and not of a plugin."""
+    """Return whether `value` is one of Kedro's own starters, not of a plugin's."""
     if option not in ("-s", "--starter"):
         return False
     starters = sys.modules.get("kedro.framework.cli.starters")
@@ -1293,208 +1215,261 @@ def _is_official_starter(option: str, value: str) -> bool:
     return value in specs and specs[value].origin == "kedro"
 
 
-# The post: one try, which a command waits for briefly
+# Posting: one event goes to Heap, and a command waits briefly for the answer
 
 
 class _Post(threading.Thread):
-    """A post in a daemon thread: a look-up or a read of certificates can hang for ever.
+    """Posts an event in a daemon thread, because any step of a post can hang.
 
-    The thread neither logs nor loads modules (`__init__` has loaded what it imports):
-    while Python shuts down, either can abort it.
+    Looking up names and reading certificates have no time-out. The thread neither logs
+    nor imports modules (`__init__` has imported what it needs): while Python shuts
+    down, either can abort the process.
     """
 
     # When this process began its back-off, in seconds since the epoch. It counts where
-    # `_write_back_off` cannot write its file, such as in a cluster's read-only home.
+    # `_write_back_off` cannot write its file, for example in a read-only home folder.
     back_off_start = 0.0
 
     def __init__(self, body: dict[str, Any]) -> None:
+        from contextvars import Context
         from importlib import import_module
         from importlib.util import find_spec
 
         super().__init__(daemon=True)
-        self.identity = body["identity"]
+        # Sentry would add the request to the user's trace, which a context carries.
+        self.empty_context = Context()
+        self.identity = body["properties"]["username"]  # "" if there is none
         self.content = json.dumps(body)
         self.status: int | None = None  # None until Heap has answered
         self.outcome = "no answer in time"
+        self.is_over = False  # whether the caller has stopped waiting
         # What the functions below import, and what Python itself needs for a host
         for name in ("encodings.idna", "http.client", "ssl", "urllib.request"):
             import_module(name)
         if find_spec("certifi"):
             import_module("certifi")
+        self.start_time = time.monotonic()
 
     def run(self) -> None:
-        # If a user sets SIGPIPE to its default for `| head`, a connection that Heap
-        # closes would end the process.
-        with suppress(AttributeError):  # Windows has no such signal
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
         try:
-            self.status = _post(self.content.encode())
+            # If a user sets SIGPIPE to its default for `| head`, a connection that Heap
+            # closes would end the process.
+            with suppress(AttributeError):  # Windows has no such signal
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
+            self.status = self.empty_context.run(_post, self)
             self.outcome = str(self.status)
         except Exception as error:
-            self.outcome = type(error).__name__  # its text may name a proxy's password
+            # urllib wraps most errors. Their texts may contain a password for a proxy.
+            reason = getattr(error, "reason", None)
+            cause = reason if isinstance(reason, Exception) else error
+            self.outcome = type(cause).__name__
+
+    def raise_if_over(self) -> None:
+        """Raise TimeoutError if the caller has stopped waiting.
+
+        The process may then end, and a thread that is inside OpenSSL meanwhile can
+        crash it (CPython issue 114653).
+        """
+        if self.is_over:
+            raise TimeoutError
 
 
-def _start_and_wait_for(post: _Post) -> bool:
-    """Start a post and wait until the deadline; return True if Heap accepted it.
+def _wait_for(post: _Post) -> bool:
+    """Wait for a post until the deadline; return True if Heap has accepted the event.
 
-    A firewall that swallows packets must not delay each command. So a post that ends or
-    is given up without an answer, after more than a quarter of the deadline (half a
-    second), starts the back-off. A slow answer does not.
+    A firewall that swallows packets must not delay each command. So the back-off starts
+    if there is no answer and more than a quarter of the deadline (half a second) has
+    passed, whether the post still hangs or has failed. A slow answer does not start it.
     """
-    start = time.monotonic()
-    try:
-        post.start()
-    except RuntimeError:  # the process may start no more threads
-        _log("A post could not start")
-        return False
     try:
         post.join(DEADLINE)
     finally:
+        post.is_over = True
         # Not `post.is_alive()`, which is wrong after Ctrl-C on CPython 3.11 and 3.12
         status = post.status
-        if status is None and time.monotonic() - start > DEADLINE / 4:
-            _write_back_off()
-    # People publish their logs, which must not identify them.
-    masked = post.content.replace(post.identity, MASK)
-    _log("Post of %s: %s", masked, post.outcome)
+        with _suppress_and_log("Ending the wait for Heap"):
+            if status is None and time.monotonic() - post.start_time > DEADLINE / 4:
+                _write_back_off()
+            # People publish their logs, which must not identify them.
+            content = post.content
+            if post.identity:
+                content = content.replace(post.identity, MASK)
+            _log("Post of %s: %s", content, post.outcome)
     return status == ACCEPTED
 
 
-def _post(content: bytes) -> int:
+def _post(post: _Post) -> int:
     """Post an event and return the status of the answer. No redirect is followed.
 
-    Sentry and OpenTelemetry add headers to the requests of a process, which describe
-    the user's project. So the request is written here, to the last byte.
+    `urlopen` would do the same in one call, through an OpenerDirector. OpenTelemetry
+    wraps that, prints a span, and waits for the user's exporter. So this function calls
+    the handlers that an OpenerDirector calls: `ProxyHandler.proxy_open`, which puts a
+    proxy into the request, and `HTTPSHandler.do_open`, which posts it.
     """
-    from http.client import HTTPResponse
-    from urllib.parse import urlsplit
+    from ssl import SSLCertVerificationError
+    from urllib.error import URLError
+    from urllib.request import HTTPSHandler
 
-    heap = urlsplit(ENDPOINT)
-    head = (
-        f"POST {heap.path} HTTP/1.1\r\n"
-        f"Host: {heap.hostname}\r\n"
-        f"User-Agent: kedro-telemetry/{__version__}\r\n"
-        "Content-Type: application/json\r\n"
-        f"Content-Length: {len(content)}\r\n"
-        "\r\n"
-    )
-    with closing(_connect(heap.hostname or "")) as connection:
-        connection.sock.sendall(head.encode() + content)
-        with closing(HTTPResponse(connection.sock, method="POST")) as answer:
-            answer.begin()
-            return answer.status
+    request = _create_request(post.content.encode())
+    connection_class = _create_connection_class()
+    failure = URLError("no certificates")
+    for context in _ssl_contexts(post):
+        # People set `HTTPConnection.debuglevel = 1`, which prints to standard output.
+        handler = HTTPSHandler(debuglevel=0, context=context)
+        try:
+            with handler.do_open(connection_class, request, context=context) as answer:
+                return answer.status
+        except URLError as error:
+            if not isinstance(error.reason, SSLCertVerificationError):
+                raise
+            failure = error
+    raise failure
 
 
-def _connect(host: str) -> HTTPSConnection:
-    """Connect to a host, and verify it by the authorities that the platform trusts."""
+def _create_request(content: bytes) -> Request:
+    """Return the request, through the user's proxy as urllib finds it.
+
+    `ALL_PROXY` counts as well, as it does for requests. Raises NotImplementedError for
+    a SOCKS proxy: its users want no direct connection, and not even a look-up of names.
+    """
+    from urllib.request import ProxyHandler, Request, getproxies
+
+    headers = {
+        "Content-Type": "application/json",
+        "User-Agent": f"kedro-telemetry/{__version__}",
+    }
+    request = Request(ENDPOINT, content, headers)
+    # `do_open` reads this. It limits each operation, so the thread ends by itself.
+    request.timeout = 2 * DEADLINE
+    proxies = getproxies()
+    proxy = proxies.get("https") or proxies.get("all") or ""
+    if proxy:
+        ProxyHandler({}).proxy_open(request, proxy, "https")
+    is_proxied = request.host != request.origin_req_host  # False if NO_PROXY lists Heap
+    if is_proxied and re.match(r"(?i)socks\w*://", proxy):
+        raise NotImplementedError("a SOCKS proxy")
+    return request
+
+
+def _create_connection_class() -> type[HTTPSConnection]:
+    """Return a class of connections that send the plugin's own headers and no others.
+
+    Sentry and OpenTelemetry add headers that describe the user's project. Raises
+    NotImplementedError if another library has replaced the connections of http.client:
+    vcrpy records what they send into the user's cassettes.
+    """
+    from http.client import HTTPSConnection
+
+    if HTTPSConnection.__module__ != "http.client":
+        raise NotImplementedError("another library's connections")
+
+    class Connection(HTTPSConnection):
+        def putheader(self, header: str | bytes, *values: Any) -> None:
+            if header in HEADERS:
+                super().putheader(header, *values)
+
+    return Connection
+
+
+def _ssl_contexts(post: _Post) -> Iterator[SSLContext]:
+    """Yield contexts for verifying Heap: a quick one, then a thorough one.
+
+    The first one trusts a folder of hashed certificates, such as Debian's, where
+    OpenSSL reads only the authority that it needs. Reading all of them takes 20 ms or
+    more. The folder may contain only a company's authority, so the second one trusts
+    all that the platform trusts.
+    """
     import ssl
 
-    folder = _certificate_folder()
-    if folder is not None:
-        # OpenSSL reads the one authority that it needs. A whole bundle takes 20 ms.
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.load_verify_locations(capath=folder)
-        # The folder may contain a company's authority alone. Then all are tried below.
-        with suppress(ssl.SSLCertVerificationError):
-            return _open_connection(host, context)
-    return _open_connection(host, _platform_context())
+    paths = ssl.get_default_verify_paths()
+    folders = os.environ.get("SSL_CERT_DIR") or paths.openssl_capath
+    hashed_file = _find_hashed_file(folders)
+    if hashed_file is not None:
+        # If the folder hangs, the thread must hang here, and not inside OpenSSL.
+        _read_certificates(hashed_file)
+        yield _create_context(post, folders)
+    context = _create_context(post, folders)
+    if sys.platform == "win32":  # which has certificates of its own
+        context.load_default_certs()
+    file = os.environ.get("SSL_CERT_FILE") or paths.openssl_cafile
+    _trust_certificates(file, context, post)
+    # A Python for macOS from python.org has no authorities until its user installs
+    # them. Somebody who sets one of the variables wants no others.
+    is_set = os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")
+    certifi = sys.modules.get("certifi")
+    if certifi and not (is_set or hashed_file):
+        with suppress(NotImplementedError):  # by truststore, which asks the system
+            if context.cert_store_stats()["x509"] == 0:
+                _trust_certificates(certifi.where(), context, post)
+    yield context
 
 
-def _certificate_folder() -> str | None:
-    """Return the folder where OpenSSL looks for certificates, None if it finds none.
+def _find_hashed_file(folders: str) -> str | None:
+    """Return a file with a name such as `1a2b3c4d.0`, by which OpenSSL finds it.
 
-    It finds them by names such as `1a2b3c4d.0`.
+    `dotnet dev-certs` asks people to set SSL_CERT_DIR to a list of folders.
     """
-    import ssl
-
-    folder = ssl.get_default_verify_paths().capath
-    is_hash_link = re.compile(r"[0-9a-f]{8}\.\d+").fullmatch
-    with suppress(OSError):  # a folder that cannot be listed is none
-        if folder and any(is_hash_link(name) for name in os.listdir(folder)):
-            return folder
+    for folder in folders.split(os.pathsep):
+        with suppress(OSError):  # skip a folder that cannot be listed
+            for name in os.listdir(folder):
+                if re.fullmatch(r"[0-9a-f]{8}\.0", name):
+                    return os.path.join(folder, name)
     return None
 
 
-def _platform_context() -> SSLContext:
-    """Return a context with all authorities of the platform, or else those of certifi.
+def _create_context(post: _Post, folders: str) -> SSLContext:
+    """Return a context that trusts the hashed certificates in some folders.
 
-    A Python for macOS from python.org has none until its user installs them.
+    Some platforms trust only an intermediate authority, which suffices by default since
+    Python 3.13. The other flag that 3.13 sets would refuse Zscaler's authority.
     """
     import ssl
 
+    post.raise_if_over()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_default_certs()
-    certifi = sys.modules.get("certifi")
-    if (
-        certifi
-        and not os.environ.get("SSL_CERT_FILE")
-        and not _has_authorities(context)
-    ):
-        context.load_verify_locations(certifi.where())
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.load_verify_locations(capath=folders)
     return context
 
 
-def _has_authorities(context: SSLContext) -> bool:
-    """Return whether a context trusts any authority."""
-    try:
-        is_bundle_loaded = context.cert_store_stats()["x509_ca"] > 0
-    except NotImplementedError:  # truststore, which asks the system
-        return True
-    return is_bundle_loaded or _certificate_folder() is not None
+def _trust_certificates(path: str, context: SSLContext, post: _Post) -> None:
+    """Let a context trust all certificates in a file.
 
-
-def _open_connection(host: str, context: SSLContext) -> HTTPSConnection:
-    """Return a connection to a host, after the handshake."""
-    connection = _new_connection(host, context)
-    # People set `HTTPConnection.debuglevel = 1`, which prints to standard output.
-    connection.set_debuglevel(0)
-    try:
-        connection.connect()
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _new_connection(host: str, context: SSLContext) -> HTTPSConnection:
-    """Return a connection to a host, through the user's proxy as urllib finds it.
-
-    `ALL_PROXY` counts, too, as it does for requests. Raises NotImplementedError for a
-    SOCKS proxy: its users want no direct connection, and no name server to learn of it.
+    If OpenSSL read the file, it could take long, and the process could end meanwhile.
+    It takes a single certificate from memory in less than a millisecond, and keeps the
+    GIL, without which the process cannot end.
     """
-    from http.client import HTTPSConnection
-    from urllib.request import ProxyHandler, Request, getproxies
+    import ssl
 
-    request = Request(ENDPOINT)
-    proxies = getproxies()
-    proxy = proxies.get("https") or proxies.get("all") or ""
-    if proxy:  # replaces the host of the request, unless NO_PROXY lists it
-        ProxyHandler({}).proxy_open(request, proxy, "https")
-    is_proxied = request.host != host
-    if is_proxied and re.match(r"(?i)(?!https?://)[^/]+://", proxy):
-        raise NotImplementedError("a SOCKS proxy")
-    if not request.host:
-        raise ValueError("a proxy without a name")
-    # Each operation has a time-out, so that a post that is given up ends, too.
-    timeout = 2 * DEADLINE
-    connection = HTTPSConnection(request.host, timeout=timeout, context=context)
-    if is_proxied:  # the headers are for the proxy, with the user's password for it
-        headers = {name.title(): value for name, value in request.header_items()}
-        connection.set_tunnel(host, headers=headers)
-    return connection
+    begin, end = b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----"
+    for certificate in re.findall(begin + b".+?" + end, _read_certificates(path), re.S):
+        post.raise_if_over()
+        with suppress(ssl.SSLError):  # one of them may be broken
+            context.load_verify_locations(cadata=certificate.decode("ascii", "ignore"))
+
+
+def _read_certificates(path: str) -> bytes:
+    """Return the content of a file of certificates; nothing if it cannot be read.
+
+    This may never return, but a thread blocked in Python's own read cannot crash a
+    process that ends.
+    """
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read(LARGEST_BUNDLE)
+    return b""
 
 
 def _write_back_off() -> None:
-    """Stop posts for BACK_OFF seconds, by a file for all processes of the user."""
+    """Start the back-off for all of the user's processes, or else for this one."""
     try:
         _write_empty(_user_file("telemetry.backoff"))
-    except OSError as error:
+    except Exception as error:
         _Post.back_off_start = time.time()
         _log("Storing the back-off failed: %s", type(error).__name__)
 
 
 def _back_off_end() -> float | None:
-    """Return when posts resume, in seconds since the epoch; None if they may go on."""
+    """Return when the back-off ends, in seconds since the epoch; None without one."""
     start = _Post.back_off_start
     with suppress(OSError):  # there is no such file, or no home folder
         start = max(start, _user_file("telemetry.backoff").stat().st_mtime)
@@ -1523,45 +1498,56 @@ class _TelemetryGroup(click.Group):
 
 
 @click.group(
+    "telemetry",
     cls=_TelemetryGroup,
     invoke_without_command=True,
     epilog=f"Read more: {DOCUMENTATION}",
 )
 @click.pass_context
-def telemetry(context: click.Context) -> None:
+def _telemetry(context: click.Context) -> None:
     """See whether telemetry is on, and opt out or in.
 
     To opt out in an environment, set DO_NOT_TRACK or KEDRO_DISABLE_TELEMETRY.
     """
     if context.invoked_subcommand is None:
-        context.invoke(status)
+        context.invoke(_status)
 
 
-@telemetry.command()
+# Printed after every status, so it is true whether telemetry is on or off
+STATUS_HELP = f"""
+See an event without sending it:  KEDRO_TELEMETRY_DEBUG=1 kedro info
+Opt out for all your projects:    kedro telemetry disable
+Opt in for all your projects:     kedro telemetry enable
+Opt out for one project alone:    write the line `consent: false`
+                                  into the file .telemetry in its root
+Read more:  {DOCUMENTATION}"""
+
+
+@_telemetry.command("status")
 @click.pass_obj
-def status(project_metadata: Any) -> None:
+def _status(project_metadata: Any) -> None:
     """Show whether telemetry is on here, and why (the default command)."""
-    project = _Project(getattr(project_metadata, "project_path", None))
-    consent = _find_consent(project)
+    project_path = getattr(project_metadata, "project_path", None)
+    consent = _find_consent(project_path)
     is_on = consent.decision is not False
     _print_field("Telemetry", "on here" if is_on else "off here")
     _print_field("Reason", consent.text)
-    no_id = "none" if _is_ci_env() or not is_on else "none yet"
-    identity = _stored_identity() or no_id
+    no_id = "none yet" if is_on and _may_create_ids() else "none"
     try:
-        _print_field("Identity", f"{identity}\n{_user_file('telemetry.toml')}")
+        file = _user_file("telemetry.toml")
+        _print_field("Identity", f"{_stored_identity() or no_id}\n{file}")
     except OSError as error:
-        _print_field("Identity", f"none, as {error}")
-    if project.path is not None:
-        project_id = _project_id_in(project.pyproject)
-        text = no_id if project_id is None else f"{project_id} (sent as a hash)"
-        _print_field("Project id", f"{text}\n{project.pyproject.path}")
+        _print_field("Identity", f"none, because {error}")
+    if project_path is not None:
+        project = _Project(project_path)
+        text = no_id if project.id is None else f"{project.id} (sent as a hash)"
+        _print_field("Project id", f"{text}\n{project.file}")
     _print_field("Endpoint", ENDPOINT)
-    paused_until = _back_off_end()
-    if paused_until is not None:
-        end = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(paused_until))
-        _print_field("Paused", f"until {end}, as Heap did not answer in time")
-    click.echo(_status_help(is_on))
+    back_off_end = _back_off_end()
+    if back_off_end is not None:
+        end = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(back_off_end))
+        _print_field("Paused", f"until {end}, because Heap did not answer in time")
+    click.echo(STATUS_HELP)
 
 
 def _print_field(label: str, text: str) -> None:
@@ -1570,67 +1556,69 @@ def _print_field(label: str, text: str) -> None:
     click.echo(f"{label:13}" + text.replace("\n", "\n" + " " * 13))
 
 
-def _status_help(is_on: bool) -> str:
-    """Return what the user can do next."""
-    opt = "Opt out for all your projects:" if is_on else "Opt in for all your projects:"
-    command = "disable" if is_on else "enable"
-    return f"""
-See an event without sending it:  KEDRO_TELEMETRY_DEBUG=1 kedro info
-{opt:34}kedro telemetry {command}
-Opt out for this project alone:   write the line `consent: false`
-                                  into the file .telemetry in its root
-Read more:  {DOCUMENTATION}"""
-
-
-@telemetry.command()
+@_telemetry.command("enable")
 @click.pass_obj
-def enable(project_metadata: Any) -> None:
+def _enable(project_metadata: Any) -> None:
     """Opt in for all your projects."""
     _write_decision("true")
-    consent = _find_consent(_Project(getattr(project_metadata, "project_path", None)))
+    consent = _find_consent(getattr(project_metadata, "project_path", None))
     if consent.decision is False:
-        click.echo(f"Telemetry stays off here, as {consent.text}")
+        click.echo(f"Telemetry stays off here, because {consent.text}")
 
 
-@telemetry.command()
-def disable() -> None:
+@_telemetry.command("disable")
+def _disable() -> None:
     """Opt out for all your projects."""
     advice = "set DO_NOT_TRACK=1 in your environment."
     _write_decision("false", f"\nTo opt out instead, {advice}")
-    click.echo("Versions of kedro-telemetry before 1.0 do not read this file.")
+    click.echo("Versions of kedro-telemetry before 1.0 ignore it.")
     click.echo(f"To opt out of those as well, {advice}")
 
 
 # Words that people try; the help does not list them
-telemetry.add_command(click.Command("on", callback=enable.callback, hidden=True))
-telemetry.add_command(click.Command("off", callback=disable.callback, hidden=True))
+_telemetry.add_command(click.Command("on", callback=_enable.callback, hidden=True))
+_telemetry.add_command(click.Command("off", callback=_disable.callback, hidden=True))
 
 
 def _write_decision(decision: str, advice: str = "") -> None:
-    """Save `consent: decision` for all of the user's projects, and say so."""
-    failure = "Nothing has changed"
-    try:
-        path = _user_file(".telemetry")
-        failure += f", as this file cannot be written:\n{path}"
-        _replace(path, _read(path), f"consent: {decision}\n".encode())
-    except OSError as error:
-        reason = error.strerror or error  # its whole text may name a temporary file
-        raise click.ClickException(f"{failure}\nReason: {reason}{advice}") from error
+    """Save `consent: decision` for all of the user's projects, and print where.
+
+    Raises ClickException if it can be saved in none of the user's folders.
+    """
+    if not _user_folders():
+        message = f"Nothing has changed, because there is no home folder.{advice}"
+        raise click.ClickException(message)
+    saved = []
+    failures = []
+    for folder in _user_folders():
+        path = folder / ".telemetry"
+        try:
+            _replace(path, _read(path), f"consent: {decision}\n".encode())
+            saved.append(f"{path}")
+        except Exception as error:
+            # The whole text of an OSError may name a temporary file.
+            reason = getattr(error, "strerror", None) or error
+            failures.append(f"{path}\nReason: {reason}")
+    not_saved = "\n".join(["Could not save to:", *failures])
+    if not saved:
+        raise click.ClickException(f"Nothing has changed.\n{not_saved}{advice}")
     opted = "opted in to" if decision == "true" else "opted out of"
     click.echo(f"You have {opted} telemetry for all your projects.")
-    click.echo(f"This is saved in\n{path}")
+    click.echo("\n".join(["Saved to:", *saved]))
+    if failures:
+        click.echo(not_saved)
 
 
 def _add_telemetry_command(is_in_project: bool) -> None:
     """Add `kedro telemetry` to Kedro's own commands.
 
-    In a project, a command of the same name of the project or a plugin takes precedence
-    there. An entry point in `kedro.global_commands` would fail Kedro's own tests, which
-    count the groups. It would not serve a vendored copy either: the installed release
-    may be 0.9.0, whose entry points are hooks.
+    In a project, a command that the project or a plugin defines under this name takes
+    precedence. An entry point in `kedro.global_commands` would fail Kedro's own tests,
+    which count the groups. It would not serve a vendored copy either: the installed
+    release may be 0.9.0, whose entry points are hooks.
     """
     from kedro.framework.cli import cli as cli_module
 
     name = "project_commands" if is_in_project else "global_commands"
     group = getattr(cli_module, name, cli_module.cli)  # Kedro 0.18 has one group
-    group.commands.setdefault("telemetry", telemetry)
+    group.commands.setdefault("telemetry", _telemetry)

@@ -3,14 +3,16 @@
 What is sent here goes through a proxy to a TLS server that plays Heap, both on
 loopback. Commands run by click's CliRunner, or as processes where the process matters.
 
-What needs README.md or the installed package is skipped where the module and this file
-have been copied alone.
+The module and this file can be copied alone. What needs README.md, or the metadata of
+this release, is then skipped.
 """
 
+import calendar
 import contextlib
 import copy
 import gc
 import http.client
+import inspect
 import io
 import json
 import logging
@@ -28,15 +30,15 @@ import threading
 import time
 import urllib.request
 import uuid
-import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha512
 from http.server import BaseHTTPRequestHandler
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from pathlib import Path
-from types import MappingProxyType, ModuleType, SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import Mock
 
@@ -48,7 +50,7 @@ from kedro.framework import project as kedro_project
 from kedro.framework.cli import cli as kedro_cli
 from kedro.framework.cli import starters
 from kedro.framework.session import KedroSession
-from kedro.framework.startup import ProjectMetadata, bootstrap_project
+from kedro.framework.startup import bootstrap_project
 from kedro.io import CachedDataset, DataCatalog, MemoryDataset
 from kedro.logging import RichHandler
 from pluggy import PluginManager
@@ -62,7 +64,7 @@ PROJECT_ID = "a" * 32
 OTHER_PROJECT_ID = "b" * 32
 HOUR = 3600
 
-# Made for these tests, valid until 2120: heapanalytics.com, its own authority.
+# Made for these tests, valid until 2120: heapanalytics.com, its own authority
 HEAP_PEM = """\
 -----BEGIN CERTIFICATE-----
 MIIBiTCCAS+gAwIBAgIBATAKBggqhkjOPQQDAjAcMRowGAYDVQQDDBFoZWFwYW5hbHl0aWNzLmNv
@@ -79,32 +81,55 @@ WOTeG51DNrIDzPihRANCAARozZIgd5S80FS8gxeynB9Y520cd9AZ6oCDPaAY5lXYQTA0iJdaF+CY
 ZnUFNRAIrmZviIqKMZFyq7IBIkS0WF+O
 -----END PRIVATE KEY-----
 """
-HEAP_CERTIFICATE = HEAP_PEM.partition("-----BEGIN PRIVATE KEY-----")[0]
+END = "-----END CERTIFICATE-----\n"
+HEAP_CERTIFICATE = HEAP_PEM.partition(END)[0] + END
 HASH_LINK = "8bd8b012.0"  # of its file, as `openssl rehash` names it
 
+# The same key, signed by an intermediate authority, which follows
+CHAIN_CERTIFICATES = """\
+-----BEGIN CERTIFICATE-----
+MIIBjzCCATWgAwIBAgIBBDAKBggqhkjOPQQDAjAXMRUwEwYDVQQDDAxpbnRlcm1lZGlhdGUwIBcN
+MjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBwxGjAYBgNVBAMMEWhlYXBhbmFseXRpY3Mu
+Y29tMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEaM2SIHeUvNBUvIMXspwfWOdtHHfQGeqAgz2g
+GOZV2EEwNIiXWhfgmGZ1BTUQCK5mb4iKijGRcquyASJEtFhfjqNrMGkwCQYDVR0TBAIwADAcBgNV
+HREEFTATghFoZWFwYW5hbHl0aWNzLmNvbTAdBgNVHQ4EFgQUf0D+Hf47gdrlq6OcHVjAWIlnvoUw
+HwYDVR0jBBgwFoAUbt5WRUnL+sIppU4aR6htxMQ3m34wCgYIKoZIzj0EAwIDSAAwRQIhAJ+q8nRi
+9cw8rNsmZwawpddo2R8agyaGhyhTw5C8/3oZAiAhiSRNFtEKLMwAhZ+hwy94T/CIFvxiDOADHGks
+Lu3HRA==
+-----END CERTIFICATE-----
+-----BEGIN CERTIFICATE-----
+MIIBczCCARqgAwIBAgIBAjAKBggqhkjOPQQDAjAPMQ0wCwYDVQQDDARyb290MCAXDTIwMDEwMTAw
+MDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAXMRUwEwYDVQQDDAxpbnRlcm1lZGlhdGUwWTATBgcqhkjO
+PQIBBggqhkjOPQMBBwNCAATTY3Mftpk4EjnKSg6wiQoYKZszBDz9zbrusoO0/2g9o9sXAtwp8Df/
+UQf+9LpBxIFZoiiCpbTNcHp0xfZyCoOvo10wWzAMBgNVHRMEBTADAQH/MAsGA1UdDwQEAwICBDAd
+BgNVHQ4EFgQUbt5WRUnL+sIppU4aR6htxMQ3m34wHwYDVR0jBBgwFoAUIsTh6nCanh8A7OBpwwwa
+vqj7StAwCgYIKoZIzj0EAwIDRwAwRAIgXi3w9tN1zIA4jsqP+yCU6qhUY6Rxip/gn93wdfS7zpMC
+IDhU1aSlSZMB03aQ44gUAjKTr2h5848mrLMDR+e0hkA+
+-----END CERTIFICATE-----
+"""
+INTERMEDIATE_CERTIFICATE = CHAIN_CERTIFICATES.partition(END)[2]
+
 # Whatever is set where the tests run, they begin as if nothing were.
+OTHER_VARIABLES = """
+GITHUB_REPOSITORY_OWNER HEAP_APPID_DEV KEDRO_TELEMETRY_DEBUG HTTP_PROXY HTTPS_PROXY
+ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy KEDRO_ENV
+KEDRO_LOGGING_CONFIG DYNACONF_DISABLE_HOOKS_FOR_PLUGINS _KEDRO_COMPLETE
+"""
 VARIABLES = (
     *kedro_telemetry.OPT_OUT_VARIABLES,
     *kedro_telemetry.CI_VARIABLES,
-    "GITHUB_REPOSITORY_OWNER",
-    "HEAP_APPID_DEV",
-    "KEDRO_TELEMETRY_DEBUG",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "ALL_PROXY",
-    "NO_PROXY",
-    "http_proxy",
-    "https_proxy",
-    "all_proxy",
-    "no_proxy",
-    "KEDRO_ENV",
-    "KEDRO_LOGGING_CONFIG",
-    "_KEDRO_COMPLETE",
+    *OTHER_VARIABLES.split(),
 )
 HOME_VARIABLES = ("HOME", "USERPROFILE", "LOCALAPPDATA", "XDG_CONFIG_HOME")
 MODULES_OF_TESTS = ("spaceships", "rockets", "plug", "idle", "kedro_datasets")
 
+# The fixture `user` changes DEADLINE, because a machine may be busy.
+CONSTANTS = dict(vars(kedro_telemetry))
+
 posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no such thing")
+linux = pytest.mark.skipif(
+    sys.platform in ("win32", "darwin"), reason="one configuration folder there"
+)
 not_root = pytest.mark.skipif(
     os.name != "posix" or os.geteuid() == 0, reason="root may read and write everything"
 )
@@ -122,6 +147,7 @@ class Heap(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), ConnectionToHeap)
         self.mode = "200"
         self.signal: int | None = None  # to send to this process, when it connects
+        self.signal_delay = 0.2  # seconds, until the main thread waits for the answer
         self.connections: list[str] = []
         self.proxy_headers: dict[str, str] = {}
         self.events: list[dict] = []
@@ -139,6 +165,11 @@ class Heap(socketserver.ThreadingTCPServer):
     def commands(self) -> list[str | None]:
         """The commands of the events that have arrived, None for other events."""
         return [event["properties"].get("command") for event in self.events]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the events that have arrived."""
+        return [event["event"] for event in self.events]
 
     @property
     def properties(self) -> dict:
@@ -168,7 +199,7 @@ class ConnectionToHeap(BaseHTTPRequestHandler):
         heap.connections.append(self.path)
         heap.proxy_headers = dict(self.headers.items())
         if heap.signal is not None:
-            heap.is_over.wait(0.2)  # until the main thread waits for the answer
+            heap.is_over.wait(heap.signal_delay)
             signal.pthread_kill(threading.main_thread().ident, heap.signal)
         if heap.mode == "slow reset":
             heap.is_over.wait(0.3)
@@ -176,7 +207,7 @@ class ConnectionToHeap(BaseHTTPRequestHandler):
             return
         self.send_response(200)
         self.end_headers()
-        if heap.hangs_if("hang-tls"):
+        if heap.hangs_if("hang in TLS"):
             return
         with heap.tls.wrap_socket(self.connection, server_side=True) as stream:
             if heap.mode == "close":
@@ -193,7 +224,7 @@ class ConnectionToHeap(BaseHTTPRequestHandler):
         heap.events.append(json.loads(body))
         if heap.mode == "garbage":
             self.wfile.write(b"\0\xff is not HTTP\r\n\r\n")
-        if heap.mode == "garbage" or heap.hangs_if("hang-http"):
+        if heap.mode == "garbage" or heap.hangs_if("hang in HTTP"):
             return
         self.send_response(int(heap.mode) if heap.mode.isdigit() else 200)
         self.send_header("Location", "https://heapanalytics.com/elsewhere")
@@ -201,30 +232,52 @@ class ConnectionToHeap(BaseHTTPRequestHandler):
         while heap.mode == "drip" and not heap.is_over.wait(0.1):
             self.wfile.write(b"X")
         self.end_headers()
-        while heap.mode == "big" and not heap.is_over.is_set():
+        while heap.mode == "huge" and not heap.is_over.is_set():
             self.wfile.write(b"x" * 2**20)
 
 
+@pytest.fixture
+def patch(monkeypatch) -> pytest.MonkeyPatch:
+    """What a test replaces, until it ends."""
+    return monkeypatch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def python_path(tmp_path_factory) -> str:
+    """Where Python finds the module, and Kedro its hooks if nothing is installed."""
+    folders = [str(Path(__file__).parent)]
+    if "kedro-telemetry" not in entry_points(group="kedro.hooks").names:
+        site = tmp_path_factory.mktemp("site")
+        info = site / "kedro_telemetry-0.dist-info"
+        hook = "kedro-telemetry = kedro_telemetry.plugin:telemetry_hook"
+        points = f"[kedro.hooks]\n{hook}\n[kedro.cli_hooks]\n{hook}\n"
+        write(info / "METADATA", "Name: kedro-telemetry\nVersion: 0\n")
+        write(info / "entry_points.txt", points)
+        folders.append(str(site))
+        sys.path.append(str(site))
+    return os.pathsep.join(folders)
+
+
 @pytest.fixture(autouse=True)
-def user(tmp_path, monkeypatch) -> Iterator[Path]:
+def user(tmp_path, patch, python_path) -> Iterator[Path]:
     """The home folder of a user who has decided nothing and has no network."""
     for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+        patch.delenv(name, raising=False)
     home = tmp_path / "home"
     home.mkdir()
     write(tmp_path / "heap.pem", HEAP_PEM)
     for name in HOME_VARIABLES:
-        monkeypatch.setenv(name, str(home))
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "heap.pem"))
-    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "no certificates"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(kedro_telemetry, "DEADLINE", 20.0)  # a machine may be busy
-    monkeypatch.setattr(kedro_telemetry._Post, "back_off_start", 0.0)
-    monkeypatch.setattr(kedro_telemetry.telemetry_hook, "_command_report", None)
-    monkeypatch.chdir(home)
+        patch.setenv(name, str(home))
+    patch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    patch.setenv("SSL_CERT_FILE", str(tmp_path / "heap.pem"))
+    patch.setenv("SSL_CERT_DIR", str(tmp_path / "no certificates"))
+    patch.setenv("PYTHONPATH", python_path)
+    patch.setattr(sys, "path", sys.path[:])
+    patch.setattr(sys, "dont_write_bytecode", True)
+    patch.setattr(kedro_telemetry, "DEADLINE", 20.0)  # a machine may be busy
+    patch.setattr(kedro_telemetry._Post, "back_off_start", 0.0)
+    patch.setattr(kedro_telemetry.telemetry_hook, "_command_report", None)
+    patch.chdir(home)
     yield home
     kedro_project.PACKAGE_NAME = None
     kedro_project.pipelines.configure()
@@ -244,6 +297,18 @@ def config(user) -> Path:
 
 
 @pytest.fixture
+def decisions(config, user) -> list[Path]:
+    """The files of a decision for all of the user's projects, of which none is there.
+
+    On Linux, one is for processes that know XDG_CONFIG_HOME, and one for the others.
+    """
+    folders = [config]
+    if sys.platform not in ("win32", "darwin"):
+        folders.append(user / ".config/kedro")
+    return [folder / ".telemetry" for folder in folders]
+
+
+@pytest.fixture
 def known_user(config) -> Path:
     """The file of a user who has an identity, as 0.9.0 stored it."""
     text = f'other = 1\n[telemetry]\nuuid = "{uuid.UUID(IDENTITY)}"\n'
@@ -251,14 +316,23 @@ def known_user(config) -> Path:
 
 
 @pytest.fixture
-def heap(tmp_path, monkeypatch) -> Iterator[Heap]:
+def heap(tmp_path, patch) -> Iterator[Heap]:
     """The network leads to a Heap."""
     with Heap(tmp_path / "heap.pem") as heap:
         threading.Thread(target=heap.serve_forever, args=[0.002]).start()
-        monkeypatch.setenv("HTTPS_PROXY", f"http://{heap.address}")
+        patch.setenv("HTTPS_PROXY", f"http://{heap.address}")
         yield heap
         heap.is_over.set()
         heap.shutdown()
+
+
+@pytest.fixture
+def no_network(patch) -> Mock:
+    """No name server and no address can be reached, and it is known who tried."""
+    attempt = Mock(side_effect=OSError("no network"))
+    patch.setattr(socket, "getaddrinfo", attempt)
+    patch.setattr(socket.socket, "connect", attempt)
+    return attempt
 
 
 # Kedro 0.18 refuses a project with tools.
@@ -279,6 +353,8 @@ def register_pipelines():
 SETTINGS = "src/spaceships/settings.py"
 PIPELINES = "src/spaceships/pipeline_registry.py"
 CATALOG = "conf/base/catalog.yml"
+YES = "consent: true\n"
+NO = "consent: false\n"
 
 
 def write_project(root: Path, package: str, pyproject: str) -> Path:
@@ -295,12 +371,12 @@ def write_project(root: Path, package: str, pyproject: str) -> Path:
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch) -> Path:
+def project(tmp_path, patch) -> Path:
     """A Kedro project, in whose root the user is."""
     root = write_project(
         tmp_path / "work/spaceships", "spaceships", KEDRO_TABLE + ID_TABLE
     )
-    monkeypatch.chdir(root)
+    patch.chdir(root)
     return root
 
 
@@ -417,32 +493,53 @@ def log(caplog) -> pytest.LogCaptureFixture:
 # The module: what it costs to import, its names and its constants
 
 
-def test_importing_the_module_by_any_name_imports_nothing_that_only_an_event_needs():
+def test_the_module_imports_nothing_that_kedro_does_not_and_prints_nothing():
     code = """
-    import sys, click, logging, pathlib, pluggy, signal, traceback
+    import sys, click, pluggy, json, logging, pathlib, signal
     before = set(sys.modules)
     import kedro_telemetry.api, kedro_telemetry.plugin
-    print(*sorted(set(sys.modules) - before))
+    print(*sorted(set(sys.modules) - before), sep="\\n")
     """
     done = run_python("-c", code)
-    imported = {name.split(".")[0] for name in done.stdout.split()}
-    heavy = {
-        "ast",
-        "certifi",
-        "hashlib",
-        "http",
-        "importlib",
-        "kedro",
-        "requests",
-        "shutil",
-        "ssl",
-        "tomllib",
-        "urllib",
-        "uuid",
-        "yaml",
-    }
-    assert (done.stderr, imported & heavy) == ("", set())
-    assert "kedro_telemetry" in imported
+    own = ["kedro_telemetry", "kedro_telemetry.api", "kedro_telemetry.plugin"]
+    assert done.stdout.splitlines() == own, (
+        "Each `kedro` pays for an import at the top of the module: import it in the "
+        "function that needs it. And print nothing there."
+    )
+    assert done.stderr == ""
+
+
+# The modules of Python, and certifi, of which an event may import parts
+IMPORTED_BY_AN_EVENT = """
+base64 binascii certifi encodings email hashlib http importlib quopri select selectors
+socket ssl stringprep tempfile tomllib unicodedata urllib uuid
+"""
+# A session, and what it imports
+SESSION = """
+from pathlib import Path
+from kedro.framework.session import KedroSession
+from kedro.framework.startup import bootstrap_project
+import atexit, sys
+bootstrap_project(Path.cwd())
+with KedroSession.create(project_path=Path.cwd()) as session:
+    assert session.load_context().catalog
+"""
+
+
+def test_an_event_imports_nothing_but_modules_of_python(project, heap, known_user):
+    code = SESSION + "\nprint('MODULES', *sys.modules)"
+    write(project / "src/spaceships/unused.py", "")
+    without, modules = (
+        set(run_python("-c", code, **variables).stdout.partition("MODULES")[2].split())
+        for variables in ({"DO_NOT_TRACK": "1"}, {})
+    )
+    assert len(heap.events) == 1
+    roots = {name.lstrip("_").partition(".")[0] for name in modules - without}
+    assert "http" in roots
+    assert roots <= set(IMPORTED_BY_AN_EVENT.split()), (
+        "An event imports more than README promises. If that is a small module of "
+        "Python's own, add it to IMPORTED_BY_AN_EVENT."
+    )
 
 
 @pytest.mark.parametrize(
@@ -452,63 +549,58 @@ def test_importing_the_module_by_any_name_imports_nothing_that_only_an_event_nee
         "from kedro_telemetry.api import send_telemetry_event",
         "from kedro_telemetry.plugin import _check_for_telemetry_consent",
         "from kedro_telemetry.plugin import _get_heap_app_id, _get_or_create_uuid",
-        "from kedro_telemetry.plugin import _get_heap_app_id, _is_valid_syntax",
-        "from kedro_telemetry.plugin import _get_project_properties",
+        "from kedro_telemetry.plugin import _get_project_properties, _is_valid_syntax",
         "from kedro_telemetry.plugin import ProjectMetadata",
     ],
 )
 def test_other_packages_find_the_names_that_they_import(line):
-    done = run_python("-W", "ignore", "-c", line)
-    assert (done.returncode, done.stderr) == (0, "")
+    exec(line, {})
 
 
-def test_ProjectMetadata_is_kedros_and_no_other_name_is_made_up():
-    assert kedro_telemetry.plugin.ProjectMetadata is ProjectMetadata
-    with pytest.raises(AttributeError, match="has no attribute 'KedroCLI'"):
-        kedro_telemetry.plugin.KedroCLI  # noqa: B018
+NOTICE = """
+Kedro collects anonymised usage data to improve the product.
+See whether it is on here, and why:  kedro telemetry
+Opt out:    kedro telemetry disable, or set DO_NOT_TRACK
+Read more:  https://docs.kedro.org/en/stable/about/telemetry/"""
 
 
 @pytest.mark.parametrize(
-    ("parsed", "is_valid"),
+    ("name", "value", "promised"),
     [
-        ({"consent": True}, True),
-        ({"consent": False}, True),
-        ({"consent": "yes"}, False),
-        ({}, False),
-        (None, False),
-        ("consent: true", False),
+        ("ENDPOINT", "https://heapanalytics.com/api/track", "names the endpoint"),
+        ("APP_ID", "2388822444", "has Kedro's id in its example of an event"),
+        (
+            "HEADERS",
+            ("Host", "User-Agent", "Content-Type", "Content-Length"),
+            "names the four headers",
+        ),
+        ("DEADLINE", 2.0, "promises two seconds, and half a second for the back-off"),
+        ("BACK_OFF", 3600.0, "says that nothing is sent for an hour"),
+        ("LARGEST_FILE", 2**20, "says nothing, but a contributor should"),
+        ("LARGEST_BUNDLE", 2**24, "says nothing, but a contributor should"),
+        ("LONGEST_TEXT", 1023, "says where strings are cut"),
+        ("ACCEPTED", 200, "says which status Heap accepts an event with"),
+        ("GRANTS", ("true", "yes", "on", "y", "1"), "lists the words that grant"),
+        ("NOTICE", NOTICE, "says nothing, but people's terminals have 80 columns"),
     ],
 )
-def test_old_versions_of_kedro_viz_learn_whether_a_file_decides(parsed, is_valid):
-    assert kedro_telemetry.plugin._is_valid_syntax(parsed) is is_valid
-
-
-def installed() -> object:
-    """The installed package, if it is this one."""
-    try:
-        found = distribution("kedro-telemetry")
-    except PackageNotFoundError:
-        pytest.skip("the package is not installed")
-    if found.version != kedro_telemetry.__version__:
-        pytest.skip("another release is installed")
-    return found
+def test_a_constant_has_the_value_that_readers_know(name, value, promised):
+    assert CONSTANTS[name] == value, (
+        f"README {promised}: change README, {name} and this table together, "
+        "or none of them."
+    )
 
 
 def test_kedro_finds_the_hooks_where_0_9_0_has_them():
-    """So that neither a leftover folder of 0.9.0 nor a vendored copy breaks them."""
-    points = installed().entry_points
-    assert {(point.group, point.name, point.value) for point in points} == {
-        ("kedro.hooks", "kedro-telemetry", "kedro_telemetry.plugin:telemetry_hook"),
-        ("kedro.cli_hooks", "kedro-telemetry", "kedro_telemetry.plugin:telemetry_hook"),
-    }
-
-
-def test_the_page_in_a_registry_leads_to_documentation_source_and_tracker():
-    urls = installed().metadata.get_all("Project-URL")
-    shown = dict(url.split(", ", 1) for url in urls)
-    assert shown["Documentation"] == kedro_telemetry.DOCUMENTATION
-    assert shown["Source"].startswith("https://github.com/kedro-org/kedro-plugins/")
-    assert shown["Issues"] == "https://github.com/kedro-org/kedro-plugins/issues"
+    """Neither a leftover folder of 0.9.0 nor a vendored copy breaks them."""
+    with contextlib.suppress(PackageNotFoundError):
+        found = distribution("kedro-telemetry")
+        if found.version == kedro_telemetry.__version__:
+            points = {(x.group, x.name, x.value) for x in found.entry_points}
+            hook = ("kedro-telemetry", "kedro_telemetry.plugin:telemetry_hook")
+            assert points == {("kedro.hooks", *hook), ("kedro.cli_hooks", *hook)}
+            return
+    pytest.skip("this release is not installed")
 
 
 # The hooks: one event for each command and each session
@@ -535,8 +627,7 @@ def test_kedro_run_sends_all_that_README_lists_once(project, heap, known_user):
         "is_ci_env": False,
     }
     if KEDRO >= (0, 19):
-        properties["tools"] = "Linting, Testing"
-        properties["example_pipeline"] = "False"
+        properties |= {"tools": "Linting, Testing", "example_pipeline": "False"}
     if KEDRO >= (1, 0):
         properties[f"dataset_type_count.{MEMORY}"] = 1
     assert heap.events == [
@@ -547,157 +638,83 @@ def test_kedro_run_sends_all_that_README_lists_once(project, heap, known_user):
             "identity": IDENTITY,
             "properties": properties,
         }
-    ], "A new property belongs here and into README's table."
+    ], "A new property belongs here and into README's table and example."
     assert known_user.read_bytes() == known
     assert heap.connections == ["heapanalytics.com:443"]
     assert heap.path == "/api/track"
 
 
-def test_a_command_without_a_session_looks_as_it_did(project, heap):
-    bare = run_python("-m", "kedro", "info", DO_NOT_TRACK="1")
-    done = run_python("-m", "kedro", "info")
-    assert (bare.returncode, bare.stderr) == (0, "")
-    assert (done.returncode, done.stderr) == (0, kedro_telemetry.NOTICE + "\n")
-    clock = r"\d\d:\d\d:\d\d"
-    assert re.sub(clock, "", done.stdout) == re.sub(clock, "", bare.stdout)
-    assert heap.commands == ["kedro info"]
-    assert heap.events[0]["event"] == "CLI command"
-
-
 @pytest.mark.parametrize(
-    ("line", "exit_code", "main_command"),
+    ("line", "exit_code", "word", "event"),
     [
-        ("info", 0, "info"),
-        ("run", 0, "run"),
-        ("-V", 0, "-V"),
-        ("nonsense", 2, "*****"),
+        ("info", 0, "info", "CLI command"),
+        ("run", 0, "run", "Kedro Project Statistics"),
+        ("-V", 0, "-V", "CLI command"),
+        ("nonsense", 2, "*****", "CLI command"),
     ],
 )
-def test_a_command_is_reported_once_and_ends_as_usual(
-    line, exit_code, main_command, project, heap
-):
+def test_a_command_is_reported_once(line, exit_code, word, event, project, heap):
     heap.mode = "500"  # an event that Heap refuses is not sent twice
     for _ in range(2):
         assert run(line).exit_code == exit_code
-    words = [event["properties"]["main_command"] for event in heap.events]
-    assert words == [main_command, main_command]
+    assert heap.names == [event, event]
+    assert {x["properties"]["main_command"] for x in heap.events} == {word}
 
 
-@since_kedro_0_19
-def test_a_command_that_raises_is_reported(project, heap):
-    assert run("run --pipeline nonsense").exit_code == 1
-    assert heap.commands == ["kedro run --pipeline *****"]
-
-
-def test_a_session_is_reported_once_for_its_project(project, user, heap, monkeypatch):
-    monkeypatch.chdir(user)
+def test_a_session_is_reported_once_for_its_project(project, user, heap, patch):
+    patch.chdir(user)
     for _ in range(2):
         load_catalogs(project)
-    assert heap.commands == [None, None]
-    assert heap.project_ids == {SPACESHIPS}
+    assert heap.names == ["Kedro Project Statistics"] * 2
+    assert (heap.commands, heap.project_ids) == ([None, None], {SPACESHIPS})
 
 
-TWO_SESSIONS = """
+# A project's own command, which opens a session in each of the given folders
+OPEN = """
 import click
 from kedro.framework.session import KedroSession
-@click.command()
-def twice():
-    for _ in range(2):
-        assert KedroSession.create().load_context().catalog
-cli = click.Group("spaceships", [twice])
+from kedro.framework.startup import bootstrap_project
+@click.command("open")
+@click.argument("paths", nargs=-1)
+def open_sessions(paths):
+    for path in paths:
+        bootstrap_project(path)
+        assert KedroSession.create(project_path=path).load_context().catalog
+cli = click.Group("spaceships", [open_sessions])
 """
 
 
 def test_a_command_with_two_sessions_is_reported_once(project, heap):
-    write(project / "src/spaceships/cli.py", TWO_SESSIONS)
-    assert run("twice").exit_code == 0
+    write(project / "src/spaceships/cli.py", OPEN)
+    assert run(f"open {project} {project}").exit_code == 0
     assert heap.commands == ["kedro *****"]
-    assert heap.events[0]["event"] == "Kedro Project Statistics"
+    assert heap.names == ["Kedro Project Statistics"]
 
 
-def in_threads(function: Callable, *cases: object) -> None:
-    """Call a function with each case, all at once."""
-    threads = [threading.Thread(target=function, args=[case]) for case in cases]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+@pytest.mark.parametrize("text", ["", NO], ids=["asked", "opted out"])
+def test_a_session_of_another_project_counts_apart(text, project, other_project, heap):
+    write(project / "src/spaceships/cli.py", OPEN)
+    write(other_project / ".telemetry", text)
+    assert run(f"open {other_project}").exit_code == 0
+    sent = zip(
+        heap.names, [x["properties"]["project_id"] for x in heap.events], strict=True
+    )
+    session = [] if text else [("Kedro Project Statistics", ROCKETS)]
+    assert list(sent) == [*session, ("CLI command", SPACESHIPS)]
+    assert heap.commands[-1] == "kedro *****"
 
 
-def test_sessions_in_threads_are_each_reported_once(project, heap, known_user):
-    bootstrap_project(project)
-
-    def load_catalog(_: object) -> None:
-        context = KedroSession.create(project_path=project).load_context()
-        assert context.catalog is not context.catalog
-
-    in_threads(load_catalog, *range(8))
-    assert heap.commands == [None] * 8
-
-
-def test_a_session_that_is_used_in_threads_is_reported_once(project, heap):
-    """As `kedro server start` uses one for all requests."""
-    session = create_session(project)
-    session.load_context().catalog  # noqa: B018
-
-    def load_catalog(_: object) -> None:
-        assert session.load_context().catalog
-
-    in_threads(load_catalog, *range(4))
-    assert len(heap.events) == 1
-
-
-def interleave(*projects: Path) -> None:
-    """Let sessions of several projects take turns in all that they do."""
-    sessions = [create_session(project) for project in projects]
-    contexts = [session.load_context() for session in sessions]
-    for _ in range(2):
-        for context in contexts:
-            assert context.catalog
-
-
-def test_interleaved_sessions_are_each_reported_for_their_own_project(
-    project, other_project, heap
-):
-    datasets = "a: {type: MemoryDataset}\nb: {type: MemoryDataset}\n"
-    write(other_project / CATALOG, datasets)
-    interleave(project, other_project)
-    sent = [
-        (event["properties"]["project_id"], event["properties"]["number_of_datasets"])
-        for event in heap.events
-    ]
-    assert sent == [(SPACESHIPS, 1), (ROCKETS, 2)]
-
-
-@pytest.mark.parametrize("is_first", [True, False])
-@pytest.mark.parametrize(
-    ("file", "text"),
-    [
-        (".telemetry", "consent: false\n"),
-        ("src/rockets/settings.py", "KEDRO_DISABLE_TELEMETRY = True\n"),
-        (
-            "src/rockets/settings.py",
-            'DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry",)\n',
-        ),
-    ],
-)
-def test_of_interleaved_sessions_one_that_opted_out_is_not_reported(
-    file, text, is_first, project, other_project, heap
-):
-    write(other_project / file, text)
-    projects = [other_project, project] if is_first else [project, other_project]
-    interleave(*projects)
-    assert heap.project_ids == {SPACESHIPS}
-    assert len(heap.events) == 1
-
-
-def test_a_session_of_a_command_counts_for_the_commands_project(project, heap):
+@pytest.mark.parametrize("metadata", ["project", "none"])
+def test_a_command_may_open_a_session_elsewhere(metadata, project, heap):
     """kedro-auto-catalog gives Kedro a package's name where it takes a path."""
-    wrong = "create(project_path='spaceships', conf_source='conf')"
-    code = TWO_SESSIONS.replace("create()", wrong)
-    write(project / "src/spaceships/cli.py", code)
-    assert run("twice").exit_code == 0
-    assert heap.project_ids == {SPACESHIPS}
+    hook = kedro_telemetry.telemetry_hook
+    found = bootstrap_project(project)
+    path = "spaceships" if metadata == "project" else project
+    hook.before_command_run(found if metadata == "project" else None, ["info"])
+    session = KedroSession.create(project_path=path, conf_source=str(project / "conf"))
+    assert session.load_context().catalog
+    hook.after_command_run()
+    assert (heap.commands, heap.project_ids) == (["kedro info"], {SPACESHIPS})
 
 
 @posix
@@ -709,73 +726,52 @@ def test_a_command_in_a_linked_folder_is_reported_once(project, tmp_path, heap):
     assert heap.commands == ["kedro run"]
 
 
-def test_a_command_outside_of_projects_may_open_a_session_of_one(
-    project, user, heap, monkeypatch
-):
-    monkeypatch.chdir(user)
-    hook = kedro_telemetry.telemetry_hook
-    hook.before_command_run(project_metadata=None, command_args=["info"])
-    load_catalogs(project)
-    hook.after_command_run()
-    assert heap.commands == ["kedro info"]
-    assert heap.project_ids == {SPACESHIPS}
-
-
-OTHER_SESSION = """
-import click
-from kedro.framework.session import KedroSession
-from kedro.framework.startup import bootstrap_project
-@click.command()
-@click.argument("path")
-def other(path):
-    bootstrap_project(path)
-    assert KedroSession.create(project_path=path).load_context().catalog
-cli = click.Group("spaceships", [other])
-"""
-
-
-@pytest.mark.parametrize("text", ["", "consent: false\n"], ids=["asked", "opted out"])
-def test_a_session_of_another_project_is_not_taken_for_the_commands(
-    text, project, other_project, heap
-):
-    write(project / "src/spaceships/cli.py", OTHER_SESSION)
-    write(other_project / ".telemetry", text)
-    assert run(f"other {other_project}").exit_code == 0
-    sent = [
-        (event["event"], event["properties"]["project_id"]) for event in heap.events
-    ]
-    expected = [("CLI command", SPACESHIPS)]
-    if not text:
-        expected.insert(0, ("Kedro Project Statistics", ROCKETS))
-    assert sent == expected
-    assert heap.commands[-1] == "kedro *****"
-
-
-def test_a_command_that_kedro_never_ended_is_not_taken_for_another_projects(
-    project, other_project, heap
-):
+def test_a_command_that_never_ended_takes_no_sessions(project, other_project, heap):
     kedro_cli.KedroCLI(project).main(["info"], standalone_mode=False)
     load_catalogs(other_project)
-    assert heap.commands == [None]
-    assert heap.project_ids == {ROCKETS}
-
-
-@pytest.mark.parametrize("line", ["telemetry", "info"])
-def test_a_command_that_kedro_never_ended_is_over_with_the_next(line, project, heap):
-    kedro_cli.KedroCLI(project).main(["info"], standalone_mode=False)
-    assert run(line).exit_code == 0
+    assert (heap.commands, heap.project_ids) == ([None], {ROCKETS})
+    assert run("telemetry").exit_code == 0
     load_catalogs(project)
-    assert heap.commands[-1] is None
+    assert heap.commands == [None, None]
 
 
-def test_pipelines_of_another_project_are_not_counted(project, other_project, heap):
-    session = create_session(project)
-    context = session.load_context()
-    bootstrap_project(other_project)
-    assert len(kedro_project.pipelines) == 2
-    assert context.catalog
-    assert heap.project_ids == {SPACESHIPS}
-    assert not {"number_of_pipelines", "number_of_nodes"} & set(heap.properties)
+def interleave(*projects: Path) -> None:
+    """Let sessions of several projects take turns in all that they do."""
+    sessions = [create_session(project) for project in projects]
+    contexts = [session.load_context() for session in sessions]
+    for _ in range(2):
+        for context in contexts:
+            assert context.catalog
+
+
+def test_interleaved_sessions_belong_to_their_pr(project, other_project, heap):
+    write(
+        other_project / CATALOG, "a: {type: MemoryDataset}\nb: {type: MemoryDataset}\n"
+    )
+    interleave(project, other_project)
+    sent = [event["properties"] for event in heap.events]
+    assert [(x["project_id"], x["number_of_datasets"]) for x in sent] == [
+        (SPACESHIPS, 1),
+        (ROCKETS, 2),
+    ]
+
+
+@pytest.mark.parametrize("step", [1, -1], ids=["first", "second"])
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        (".telemetry", NO),
+        ("src/rockets/settings.py", "KEDRO_DISABLE_TELEMETRY = True\n"),
+        ("src/rockets/settings.py", "DISABLE_HOOKS_FOR_PLUGINS = 'kedro-telemetry'\n"),
+    ],
+    ids=["file", "name", "switch"],
+)
+def test_an_interleaved_session_may_opt_out(
+    file, text, step, project, other_project, heap
+):
+    write(other_project / file, text)
+    interleave(*[other_project, project][::step])
+    assert (heap.commands, heap.project_ids) == ([None], {SPACESHIPS})
 
 
 @since_kedro_0_19
@@ -783,34 +779,6 @@ def test_a_session_is_copied_as_without_telemetry(project, heap):
     context = create_session(project).load_context()
     copied = copy.deepcopy(context._hook_manager)
     assert copied.has_plugin("kedro-telemetry-session")
-
-
-def test_where_a_variable_opts_out_nothing_is_registered(project, monkeypatch):
-    monkeypatch.setenv("DO_NOT_TRACK", "1")
-    context = create_session(project).load_context()
-    assert not context._hook_manager.has_plugin("kedro-telemetry-session")
-
-
-@pytest.mark.parametrize(
-    "end", ["", "        raise KeyError\n"], ids=["adds a dataset", "raises, too"]
-)
-def test_a_catalog_is_reported_as_kedro_made_it(end, project, heap):
-    settings = f"""\
-from kedro.framework.hooks import hook_impl
-from kedro.io import MemoryDataset
-class AddDataset:
-    @hook_impl
-    def after_catalog_created(self, catalog):
-        if hasattr(catalog, "add"):
-            catalog.add("added", MemoryDataset(1))
-        else:
-            catalog["added"] = MemoryDataset(1)
-{end}HOOKS = (AddDataset(),)
-"""
-    write(project / SETTINGS, settings)
-    with contextlib.suppress(KeyError):
-        create_session(project).load_context().catalog  # noqa: B018
-    assert heap.properties["number_of_datasets"] == 1
 
 
 def test_a_session_that_is_over_is_freed(project, heap):
@@ -822,96 +790,38 @@ def test_a_session_that_is_over_is_freed(project, heap):
     assert seen() is None
 
 
-class Trap:
-    """What raises whatever is done with it."""
-
-    def spring(self, *_: object) -> object:
-        raise RuntimeError
-
-    __getattr__ = __str__ = __bool__ = spring
-
-
-@pytest.mark.parametrize("thing", [None, 5, [None], Trap()], ids=lambda x: str(type(x)))
-def test_no_hook_raises_whatever_it_is_given(thing, heap):
-    hook = kedro_telemetry.KedroTelemetryHook()
-    hook.before_command_run(project_metadata=thing, command_args=thing)
-    hook.before_command_run(project_metadata=None, command_args=thing)
-    hook.before_command_run(project_metadata=thing, command_args=["info"])
-    hook.after_context_created(context=thing)
-    hook.after_context_created(context=SimpleNamespace(_hook_manager=thing))
-    hook.after_command_run()
-    assert send_telemetry_event(thing, {"x": thing}, thing) in (True, False)
-    assert send_telemetry_event("x", thing) in (True, False)
+def test_a_catalog_is_reported_before_the_users_hooks_change_it(project, heap):
+    settings = """\
+from kedro.framework.hooks import hook_impl
+from kedro.io import MemoryDataset
+class AddDataset:
+    @hook_impl
+    def after_catalog_created(self, catalog):
+        if hasattr(catalog, "add"):
+            catalog.add("added", MemoryDataset(1))
+        else:
+            catalog["added"] = MemoryDataset(1)
+HOOKS = (AddDataset(),)
+"""
+    write(project / SETTINGS, settings)
+    load_catalogs(project)
+    assert heap.properties["number_of_datasets"] == 1
 
 
-def broken_catalog() -> Mock:
-    return Mock(spec=["get_type"], get_type=Mock(side_effect=RuntimeError))
-
-
-@pytest.mark.parametrize(
-    "catalog", [5, Trap(), broken_catalog()], ids=["number", "trap", "broken"]
-)
-def test_a_catalog_that_cannot_be_read_costs_its_numbers_only(
-    catalog, project, heap, log
-):
-    bootstrap_project(project)
-    sent = statistics(catalog, heap, project)
-    assert sent["project_id"] == SPACESHIPS
-    assert "number_of_datasets" not in sent
-    assert any("Counting the datasets failed" in line for line in log.messages)
-
-
-def test_a_kedro_without_its_private_flag_costs_the_numbers_of_pipelines(
-    project, heap, log, monkeypatch
-):
-    bootstrap_project(project)
-    renamed = SimpleNamespace(_content={}, is_data_loaded=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(kedro_project, "pipelines", renamed)
-        sent = statistics(SimpleNamespace(list=lambda: ["a"]), heap, project)
-    assert sent["number_of_datasets"] == 1
-    assert "number_of_pipelines" not in sent
-    assert "Counting the pipelines failed: AttributeError" in log.messages
-
-
-def test_a_kedro_without_hook_managers_costs_the_numbers_of_a_session(
-    project, heap, log
-):
+def test_a_kedro_without_hook_managers_costs_the_numbers_of_a_session(project, heap):
     context = SimpleNamespace(project_path=project)
     kedro_telemetry.telemetry_hook.after_context_created(context=context)
-    assert heap.events[0]["event"] == "Kedro Project Statistics"
+    assert heap.names == ["Kedro Project Statistics"]
     assert "number_of_datasets" not in heap.properties
-    assert log.messages[0] == "The session has no hook manager"
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "is_sent"),
-    [
-        ("_KEDRO_COMPLETE", "bash_complete", False),
-        ("_KD_COMPLETE", "zsh_source", False),
-        ("_MY_KEDRO_2_COMPLETE", "fish_complete", False),
-        ("_KEDRO_COMPLETE", "", True),
-        ("IS_COMPLETE", "1", True),
-        ("_KEDRO_COMPLETED", "1", True),
-    ],
-)
-def test_TAB_in_a_shell_sends_nothing(name, value, is_sent, heap, monkeypatch):
-    """click names the variable after the program, which people rename."""
-    monkeypatch.setenv(name, value)
-    assert send_telemetry_event("x") is is_sent
-    assert bool(heap.connections) is is_sent
-
-
-# send_telemetry_event: for other plugins
+# The functions for other packages
 
 
 def test_a_plugin_sends_an_event_of_its_own(project, heap):
     own = {
         "text": "a" * 2000,
-        "number": 1.5,
-        "large": 1e308,
         "too large": 10**309,
-        "too large for a text": 10**10_000,
         "truth": True,
         "nothing": None,
         "nested": {"a": [1]},
@@ -920,19 +830,14 @@ def test_a_plugin_sends_an_event_of_its_own(project, heap):
         "trap": Trap(),
         "k" * 2000: 1,
         7: 7,
-        "username": "mine",
-        "os": "mine",
-        "project_id": "mine",
-        "tools": "mine",
     }
-    assert send_telemetry_event("e" * 2000, own, project) is True
-    assert heap.events[0]["event"] == "e" * 1023
+    taken = dict.fromkeys(("username", "os", "project_id", "tools"), "mine")
+    assert send_telemetry_event("e" * 2000, own | taken, project) is True
+    assert heap.names == ["e" * 1023]
     sent = dict(heap.properties)
     added = {name: sent.pop(name) for name in base_properties(project)}
     assert sent == {
         "text": "a" * 1023,
-        "number": 1.5,
-        "large": 1e308,
         "too large": "1" + "0" * 309,
         "truth": True,
         "nested": "{'a': [1]}",
@@ -950,201 +855,540 @@ def test_an_event_outside_of_projects_has_no_properties_of_one(heap):
     assert not {"project_id", "tools", "example_pipeline"} & set(heap.properties)
 
 
-@posix
-def test_pyproject_is_read_once_for_an_event(project, heap, monkeypatch):
-    reads = []
-    read_bytes = Path.read_bytes
+def test_an_event_of_a_plugin_belongs_to_its_path(project, other_project, heap):
+    bootstrap_project(other_project)
+    assert send_telemetry_event("x", {}, project) is True
+    assert heap.project_ids == {SPACESHIPS}
 
-    def read(path: Path) -> bytes:
-        reads.append(path.name)
-        return read_bytes(path)
 
-    monkeypatch.setattr(Path, "read_bytes", read)
+@pytest.mark.parametrize(
+    ("parsed", "is_valid"),
+    [
+        ({"consent": False}, True),
+        ({"consent": "yes"}, False),
+        ({}, False),
+        (None, False),
+    ],
+)
+def test_an_old_kedro_viz_learns_whether_a_file_decides(parsed, is_valid):
+    assert kedro_telemetry.plugin._is_valid_syntax(parsed) is is_valid
+
+
+def test_the_application_at_heap_can_be_another(heap, patch):
+    patch.setenv("HEAP_APPID_DEV", "5")
+    send_telemetry_event("x")
+    assert heap.events[0]["app_id"] == kedro_telemetry._get_heap_app_id() == "5"
+
+
+# What every event passes: nothing gets out of it, whatever goes wrong
+
+# A kedro-telemetry that does nothing, in place of the module
+NO_TELEMETRY = """
+import sys
+sys.modules["kedro_telemetry.plugin"] = sys.modules[__name__]
+telemetry_hook = object()
+"""
+QUIET = "version: 1\ndisable_existing_loggers: false\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_status"),
+    [
+        (("-m", "kedro", "run"), 0),
+        (("-c", SESSION), 0),
+        pytest.param(("-m", "kedro", "run", "--pipeline=x"), 1, marks=since_kedro_0_19),
+    ],
+    ids=["a command", "a session", "a command that fails"],
+)
+def test_exit_status_and_output_stay_the_same(
+    words, exit_status, project, config, tmp_path, patch
+):
+    write(config / "telemetry.notice", "")
+    write(tmp_path / "stub/kedro_telemetry.py", NO_TELEMETRY)
+    logging_file = write(tmp_path / "logging.yml", QUIET)
+    patch.setenv("KEDRO_LOGGING_CONFIG", str(logging_file))
+    paths = os.pathsep.join([str(tmp_path / "stub"), os.environ["PYTHONPATH"]])
+    bare = run_python(*words, PYTHONPATH=paths)
+    assert not (config / "telemetry.toml").exists()
+    done = run_python(*words)
+    assert (config / "telemetry.toml").exists(), "no event was built"
+    assert (bare.returncode, done.returncode) == (exit_status, exit_status)
+    assert (without_times(done.stdout), without_times(done.stderr)) == (
+        without_times(bare.stdout),
+        without_times(bare.stderr),
+    ), "A command or a session prints something else than without kedro-telemetry."
+
+
+def without_times(text: str) -> str:
+    """What Kedro prints, without dates, times and the addresses of objects."""
+    return re.sub(r"\d+[-:]\d+[-:]\d+|\d+\.\d+ ?s|0x[0-9a-f]+", "", text)
+
+
+class Trap:
+    """What raises whatever is done with it."""
+
+    def spring(self, *_: object) -> object:
+        raise RuntimeError
+
+    __getattr__ = __str__ = __bool__ = spring
+
+
+@pytest.mark.parametrize(
+    ("thing", "is_accepted"),
+    [(None, True), (5, False), ([None], False), (Trap(), False)],
+    ids=["nothing", "number", "list", "trap"],
+)
+def test_exit_status_survives_whatever_is_given(thing, is_accepted, heap):
+    hook = kedro_telemetry.KedroTelemetryHook()
+    hook.before_command_run(project_metadata=thing, command_args=thing)
+    hook.before_command_run(project_metadata=None, command_args=thing)
+    hook.before_command_run(project_metadata=thing, command_args=["info"])
+    hook.after_context_created(context=thing)
+    hook.after_context_created(context=SimpleNamespace(_hook_manager=thing))
+    hook.after_command_run()
+    heap.events.clear()
+    assert send_telemetry_event("properties", thing) is is_accepted
+    assert send_telemetry_event("path", {}, thing) is is_accepted
+    assert heap.names == ["properties", "path"] * is_accepted
+
+
+class Odd(Exception):
+    """An exception of the user's, such as that of a test's stand-in."""
+
+
+STAND_INS = """
+threading.Thread.start builtins.open io.open pathlib.Path.mkdir pathlib.Path.cwd
+os.lstat os.listdir os.urandom os.path.realpath os.path.expanduser json.dumps
+time.monotonic time.time uuid.uuid4 socket.getaddrinfo click.echo logging.Logger.debug
+"""
+
+
+@pytest.mark.parametrize("mode", ["200", "hang"])
+@pytest.mark.parametrize("name", STAND_INS.split())
+def test_exit_status_survives_a_stand_in_that_raises(
+    name, mode, new_project, heap, short_deadline, patch
+):
+    heap.mode = mode
+    bootstrap_project(new_project)
+    with patch.context() as inner:
+        inner.setattr(name, Mock(side_effect=Odd))
+        use_everything(new_project)
+
+
+def use_everything(project: Path) -> None:
+    """Do all that Kedro and other packages do with the module."""
+    hook = kedro_telemetry.telemetry_hook
+    metadata = SimpleNamespace(project_path=project)
+    hook.before_command_run(project_metadata=metadata, command_args=["info"])
+    report_session(SimpleNamespace(list=lambda: ["a"]), project)
+    hook.after_command_run()
+    send_telemetry_event("x", {}, project)
+    consent(project)
+    kedro_telemetry._get_or_create_uuid()
+    base_properties(project)
+
+
+def test_exit_status_survives_an_audit_hook_that_raises(new_project, heap):
+    """Frameworks for tests forbid files, threads or connections by one."""
+    code = """
+    import sys, traceback
+    from pathlib import Path
+    from test_kedro_telemetry import Odd, use_everything
+    def forbid(event, arguments):
+        if event == forbidden: raise Odd
+    escaped = []
+    forbidden = None
+    sys.addaudithook(forbid)
+    for event in ("import", "open", "_thread.start_new_thread", "socket.connect",
+                  "socket.getaddrinfo", "os.listdir", "os.scandir", "os.mkdir"):
+        forbidden = event
+        try:
+            use_everything(Path.cwd())
+        except Odd as error:
+            forbidden = None
+            escaped.append((event, traceback.extract_tb(error.__traceback__)[1].name))
+        forbidden = None
+    print(escaped)
+    """
+    shown = run_python("-c", code, CI="1").stdout.splitlines()[-1:]
+    assert shown == ["[]"], "Exceptions get out of the functions that are named here."
+
+
+@pytest.mark.parametrize("error", [Odd, SystemExit])
+def test_a_lost_event_is_logged_if_the_log_works(error, heap, log, patch):
+    assert send_telemetry_event(Trap()) is False
+    assert log.messages == ["An event was lost: RuntimeError"]
+    patch.setattr(log.handler, "emit", Mock(side_effect=error))
+    assert send_telemetry_event(Trap()) is False
+    assert send_telemetry_event("x") is True
+
+
+def test_kedros_log_takes_an_event_with_brackets(heap, log, patch, capfd):
+    patch.setattr(kedro_telemetry.logger, "handlers", [RichHandler()])
+    patch.setattr(kedro_telemetry.logger, "propagate", False)
+    assert send_telemetry_event("[/oops]") is True
+    assert '"[/oops]"' in re.sub(r"\s+", "", capfd.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_sent"),
+    [
+        ("_KEDRO_COMPLETE", "bash_complete", False),
+        ("_KD_COMPLETE", "zsh_source", False),
+        ("_KEDRO_COMPLETE", "", True),
+        ("IS_COMPLETE", "1", True),
+        ("_KEDRO_COMPLETED", "1", True),
+    ],
+)
+def test_TAB_in_a_shell_sends_nothing(name, value, is_sent, heap, patch):
+    """click names the variable after the program, which people rename."""
+    patch.setenv(name, value)
+    assert send_telemetry_event("x") is bool(heap.connections) is is_sent
+
+
+def test_kedros_tests_can_replace_the_question_for_consent(project, heap, patch):
+    name = "kedro_telemetry.plugin._check_for_telemetry_consent"
+    with patch.context() as inner:
+        inner.setattr(name, Mock(return_value=False))
+        run("run")
+        run("info")
+    assert heap.connections == []
     run("run")
     assert len(heap.events) == 1
-    assert reads.count("pyproject.toml") == 1
+
+
+def test_debug_mode_prints_and_changes_nothing(
+    new_project, heap, tmp_path, patch, capfd
+):
+    patch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
+    before = files(tmp_path)
+    assert send_telemetry_event("x", {"a": 1}, new_project) is False
+    output, errors = capfd.readouterr()
+    assert errors.startswith("kedro-telemetry would send:\n{\n  ")
+    event = json.loads(errors.partition(":\n")[2])
+    assert (event["event"], event["properties"]["a"]) == ("x", 1)
+    assert event["identity"] == "missing_user_identity"
+    assert "project_id" not in event["properties"]
+    assert (output, heap.connections, files(tmp_path)) == ("", [], before)
+
+
+def test_debug_mode_shows_ids_in_a_back_off(project, known_user, config, patch, capfd):
+    write(config / "telemetry.backoff", "")
+    patch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
+    bootstrap_project(project)
+    assert send_telemetry_event("x", {}, project) is False
+    event = json.loads(capfd.readouterr().err.partition(":\n")[2])
+    assert event["identity"] == event["properties"]["username"] == IDENTITY
+    assert event["properties"]["project_id"] == SPACESHIPS
+
+
+def test_debug_mode_is_off_where_the_variable_is_empty(heap, patch):
+    patch.setenv("KEDRO_TELEMETRY_DEBUG", "")
+    assert send_telemetry_event("x") is True
+
+
+# Files: whole at any time, and only replaced if they are still what was read
+
+
+def test_only_this_is_stored(new_project, config, heap, tmp_path, patch):
+    """A user's first events, in a terminal, from a folder in the project."""
+    (new_project / "notebooks").mkdir()
+    patch.chdir(new_project / "notebooks")
+    patch.setenv("TMPDIR", str(tmp_path))
+    code = f"""
+    import io, os, sys
+    class Screen(io.StringIO):
+        def isatty(self): return True
+    sys.stderr = Screen()
+    from pathlib import Path
+    from kedro.framework.session import KedroSession
+    from kedro.framework.startup import bootstrap_project
+    from kedro_telemetry import send_telemetry_event, telemetry_hook
+    project = Path({str(new_project)!r})
+    metadata = bootstrap_project(project)
+    telemetry_hook.before_command_run(metadata, ["info"])
+    telemetry_hook.after_command_run()
+    assert KedroSession.create(project_path=project).load_context().catalog
+    send_telemetry_event("x", None, project)
+    """
+    assert run_python("-c", code, DO_NOT_TRACK="1").returncode == 0
+    before = files(tmp_path)
+    assert run_python("-c", code).returncode == 0
+    assert len(heap.events) == 3
+    after = files(tmp_path)
+    changed = {
+        path for path in {*before, *after} if before.get(path) != after.get(path)
+    }
+    assert {path for path in changed if not path.is_dir()} == {
+        new_project / "pyproject.toml",
+        config / "telemetry.toml",
+        config / "telemetry.notice",
+    }, "README lists all that is stored: change it together with this test."
+
+
+@posix
+def test_a_file_that_is_replaced_keeps_what_is_the_users(new_project, tmp_path):
+    """Its symbolic links, mode, owner and extended attributes, but not its time."""
+    path = tmp_path / "elsewhere.toml"
+    (new_project / "pyproject.toml").rename(path)
+    (new_project / "pyproject.toml").symlink_to(path)
+    path.chmod(0o640)
+    os.utime(path, (1, 1))
+    if os.geteuid() == 0:
+        os.chown(path, 1234, 5678)
+    attributes = {}
+    if hasattr(os, "setxattr"):
+        with contextlib.suppress(OSError):  # some file systems have none
+            os.setxattr(path, "user.note", b"mine")
+            attributes = {"user.note": b"mine"}
+    before = path.stat()
+    assert "project_id" in base_properties(new_project)
+    assert (new_project / "pyproject.toml").is_symlink()
+    assert "project_id" in path.read_text()
+    for name in ("st_mode", "st_uid", "st_gid"):
+        assert getattr(path.stat(), name) == getattr(before, name)
+    assert {name: os.getxattr(path, name) for name in attributes} == attributes
+    assert path.stat().st_mtime > before.st_mtime
+
+
+REFUSED = Mock(side_effect=PermissionError(1, "Operation not permitted"))
+
+
+@pytest.mark.parametrize("call", ["chown", "chmod", "utime", "setxattr"])
+def test_a_file_is_replaced_on_a_drive_that_refuses(call, new_project, patch):
+    """WSL's and Azure Files' do."""
+    path = new_project / "pyproject.toml"
+    path.chmod(0o600)
+    patch.setattr(os, call, REFUSED, raising=False)
+    assert "project_id" in base_properties(new_project)
+    assert call == "chmod" or path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("trouble", ["fsync", "replace", "read-only", "chown"])
+def test_what_cannot_be_replaced_stays_whole(trouble, new_project, patch):
+    """The disk is full, Windows has the file open, or its owner cannot be kept."""
+    path = new_project / "pyproject.toml"
+    if trouble == "read-only":
+        path.chmod(0o444)
+    elif trouble == "chown" and os.name == "posix" and os.geteuid() == 0:
+        os.chown(path, 1234, 5678)
+    elif trouble == "chown":
+        pytest.skip("only root can give files away")
+    if trouble != "read-only":
+        patch.setattr(os, trouble, REFUSED)
+    before = set(files(new_project))
+    assert "project_id" not in base_properties(new_project)
+    assert (path.read_text(), set(files(new_project))) == (KEDRO_TABLE, before)
+
+
+@pytest.fixture
+def meanwhile(patch) -> Callable[[Callable], None]:
+    """The function that lets another program act just before a file is replaced.
+
+    That is when the copy beside the file is written out to the disk.
+    """
+
+    def set_action(action: Callable[[], object]) -> None:
+        patch.setattr(os, "fsync", lambda _: action())
+
+    return set_action
+
+
+@pytest.mark.parametrize(
+    "text", ["", KEDRO_TABLE + "# mine\n", None], ids=["emptied", "edited", "deleted"]
+)
+def test_what_an_editor_saves_meanwhile_stays(text, new_project, meanwhile):
+    path = new_project / "pyproject.toml"
+    before = set(files(new_project)) - {path}
+
+    def save() -> None:
+        path.unlink()
+        if text is not None:
+            path.write_text(text)
+
+    meanwhile(save)
+    assert "project_id" not in base_properties(new_project)
+    assert (path.read_text() if path.exists() else None) == text
+    assert set(files(new_project)) - {path} == before, "A temporary file is left."
+
+
+def test_an_id_that_another_process_stores_meanwhile_is_sent(new_project, meanwhile):
+    winner = KEDRO_TABLE + ID_TABLE
+    meanwhile(lambda: write(new_project / "pyproject.toml", winner))
+    sent = base_properties(new_project)["project_id"]
+    assert sent == hashed_id(PROJECT_ID, "undefined_package_name")
+    assert (new_project / "pyproject.toml").read_text() == winner
+
+
+def test_an_identity_that_another_process_stores_meanwhile_is_sent(config, meanwhile):
+    winner = f'[telemetry]\nuuid = "{IDENTITY}"\n'
+    meanwhile(lambda: write(config / "telemetry.toml", winner))
+    assert kedro_telemetry._get_or_create_uuid() == IDENTITY
+    assert (config / "telemetry.toml").read_text() == winner
+
+
+# Which project an event belongs to
+
+
+@pytest.fixture
+def packaged(project, other_project, patch) -> Callable[[], None]:
+    """The function that lets `rockets` run as a package in the folder `spaceships`."""
+    patch.syspath_prepend(str(other_project / "src"))
+
+    def run_packaged() -> None:
+        kedro_project.configure_project("rockets")
+        assert len(kedro_project.pipelines) == 2
+        session = KedroSession.create(conf_source=str(other_project / "conf"))
+        assert session.load_context().catalog
+
+    return run_packaged
+
+
+def test_a_packaged_project_is_not_that_of_the_folder(packaged, new_project, heap):
+    before = files(new_project)
+    packaged()
+    assert heap.project_ids == {None}
+    assert "tools" not in heap.properties
+    assert heap.properties["number_of_pipelines"] == 2
+    assert heap.properties["number_of_nodes"] == 3
+    assert files(new_project) == before
+
+
+def test_an_installed_package_is_its_checkouts_project(project, tmp_path, heap, patch):
+    """As in images that copy a project and then run `pip install .`."""
+    shutil.copytree(project / "src", tmp_path / "site")
+    patch.syspath_prepend(str(tmp_path / "site"))
+    kedro_project.configure_project("spaceships")
+    assert KedroSession.create().load_context().catalog
+    assert heap.project_ids == {SPACESHIPS}
+    assert ("tools" in heap.properties) is (KEDRO >= (0, 19))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("other/rockets/src/rockets/settings.py", "DO_NOT_TRACK = True\n"),
+        ("work/spaceships/src/spaceships/settings.py", "DO_NOT_TRACK = True\n"),
+        ("work/spaceships/.telemetry", NO),
+    ],
+)
+def test_the_package_and_the_folder_can_both_deny(file, text, packaged, tmp_path, heap):
+    write(tmp_path / file, text)
+    packaged()
+    assert heap.connections == []
 
 
 # Consent: anyone can deny, and a denial outweighs any grant
-
-GRANTS = [
-    "consent: true",
-    "consent:true",
-    "consent = true",
-    "consent=yes",
-    "consent: on",
-    "consent: y",
-    "consent: 1",
-    "CONSENT : True",
-    "'consent': true",
-    "consent:  'on'",
-    '"consent": "true"',
-    "consent\t:\tYES",
-    "consent: true # I said",
-    "consent: true\t#",
-    "  consent: true",
-    "\tconsent: true",
-    "consent: true\r\n",
-    "consent: true\r",
-    "\ufeffconsent: true  \t\n\n",
-    "# consent: false\nconsent: true",
-    "  # consent: false\n  consent: true",
-    "consent: true\n  \nconsent: yes\n",
-]
-SAY_NOTHING = ["", "\n", " \t\r\n", "# consent: no", "  # consent: no", "#", "\ufeff"]
-NO_GRANTS = [
-    "consent: false",
-    "consent=false",
-    "consent: n",
-    "consent: 0",
-    "Consent: No",
-    "consent:",
-    "consent",
-    "consent: true false",
-    "consent: true#no",
-    "consent: tru\u0435",
-    "con\u017fent: true",
-    "{consent: true}",
-    "- consent: true",
-    "my_consent: true",
-    "consent: 'true",
-    "'consent\": true",
-    "consent:: true",
-    "consent 1",
-    "consent: true;",
-    "consent.given: true",
-    "telemetry:\n  consent: true",
-    "consent: true\nother: 1",
-    "no",
-    "---\nconsent: true",
-    "{issue: TEAM#12, consent: false}",
-    "KEDRO_DISABLE_TELEMETRY=1\nDO_NOT_TRACK=1\n",
-    "<<<<<<< HEAD\nconsent: true\n=======\nconsent: false\n>>>>>>> other\n",
-    "consent: true\nconsent: false",
-    "consent: false\nconsent: true",
-    "consent: true".encode("utf-16"),
-    b"consent: true\n\xff",
-    b"consent: true\n#" + b"#" * 2**20,
-]
-
-
-@pytest.mark.parametrize("text", GRANTS)
-def test_a_file_that_plainly_says_so_grants_consent(text, user):
-    write(user / ".telemetry", text.encode())
-    assert consent() is True
-
-
-@pytest.mark.parametrize("text", NO_GRANTS)
-def test_a_file_that_says_anything_else_denies_consent(text, user):
-    data = text if isinstance(text, bytes) else text.encode()
-    write(user / ".telemetry", data)
-    assert consent() is False
-
-
-@pytest.mark.parametrize("text", SAY_NOTHING)
-def test_a_file_that_says_nothing_decides_nothing(text, user):
-    write(user / ".telemetry", text.encode())
-    assert consent() is None
-
-
-def test_a_file_of_the_largest_size_is_read(user):
-    write(user / ".telemetry", b"consent: true\n".ljust(2**20, b"\n"))
-    assert consent() is True
-
-
-YES = "consent: true\n"
-NO = "consent: false\n"
 
 
 class Denial(NamedTuple):
     """What a user does to opt out, with the reason that they are shown.
 
     The files are written as a whole. In paths and reasons, {project} is the root of the
-    project, in whose folder `notebooks` the user is, and {config} the configuration
-    folder.
+    project, in whose folder `notebooks` the user is, and {config} and {home} are the
+    user's folders.
     """
 
     reason: str
     variables: Mapping[str, str] = MappingProxyType({})
     files: Mapping[str, str] = MappingProxyType({})
+    reason_if_loaded: str | None = None  # where Kedro has loaded the project
 
 
-SETTINGS_FILE = "{project}/" + SETTINGS
+def denial_by_variable(name: str, value: str = "1") -> Denial:
+    return Denial(f"{name} is set", {name: value})
 
 
-def denial_in_settings(text: str, name: str) -> Denial:
-    return Denial(
-        f"this file names {name}:\n{SETTINGS_FILE}", files={SETTINGS_FILE: text}
-    )
+def denial_by_file(path: str, **others: str) -> Denial:
+    return Denial(f"this file denies consent:\n{path}", {}, {path: NO} | others)
 
 
-def denial_in_file(path: str) -> Denial:
-    return Denial(f"this file denies consent:\n{path}", files={path: NO})
+def denial_by_settings(name: str, text: str, if_loaded: str | None = None) -> Denial:
+    file = "{project}/" + SETTINGS
+    return Denial(f"this file names {name}:\n{file}", {}, {file: text}, if_loaded)
 
 
 # The ways to opt out in README's table, by the code that it shows
 README_DENIALS = {
-    "DO_NOT_TRACK": Denial("DO_NOT_TRACK is set", {"DO_NOT_TRACK": "1"}),
-    "KEDRO_DISABLE_TELEMETRY": Denial(
-        "KEDRO_DISABLE_TELEMETRY is set", {"KEDRO_DISABLE_TELEMETRY": "1"}
-    ),
-    "kedro telemetry disable": denial_in_file("{config}/.telemetry"),
-    "kedro new --telemetry=no": denial_in_file("{project}/.telemetry"),
-    "consent: false": denial_in_file("{project}/notebooks/.telemetry"),
-    'DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry",)': denial_in_settings(
-        'DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry",)\n',
+    "DO_NOT_TRACK": denial_by_variable("DO_NOT_TRACK"),
+    "KEDRO_DISABLE_TELEMETRY": denial_by_variable("KEDRO_DISABLE_TELEMETRY"),
+    "kedro telemetry disable": denial_by_file("{config}/.telemetry"),
+    "kedro new --telemetry=no": denial_by_file("{project}/.telemetry"),
+    "consent: false": denial_by_file("{project}/notebooks/.telemetry"),
+    'DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry",)': denial_by_settings(
         "DISABLE_HOOKS_FOR_PLUGINS",
+        'DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry",)\n',
+        "Kedro's setting DISABLE_HOOKS_FOR_PLUGINS names kedro-telemetry",
     ),
-    "KEDRO_DISABLE_TELEMETRY = True": denial_in_settings(
-        "KEDRO_DISABLE_TELEMETRY = True\n", "KEDRO_DISABLE_TELEMETRY"
+    "KEDRO_DISABLE_TELEMETRY = True": denial_by_settings(
+        "KEDRO_DISABLE_TELEMETRY", "KEDRO_DISABLE_TELEMETRY = True\n"
     ),
 }
 DENIALS = README_DENIALS | {
-    "a variable that is 0": Denial("DO_NOT_TRACK is set", {"DO_NOT_TRACK": "0"}),
-    "an empty variable": Denial(
-        "KEDRO_DISABLE_TELEMETRY is set", {"KEDRO_DISABLE_TELEMETRY": ""}
-    ),
+    "an empty variable": denial_by_variable("KEDRO_DISABLE_TELEMETRY", ""),
     "Kedro's own CI": Denial(
         "GITHUB_REPOSITORY_OWNER is kedro-org",
         {"GITHUB_REPOSITORY_OWNER": "kedro-org"},
     ),
-    "the user, and not the project": Denial(
-        "this file denies consent:\n{config}/.telemetry",
-        files={"{config}/.telemetry": NO, "{project}/.telemetry": YES},
+    "the user, and not the project": denial_by_file(
+        "{config}/.telemetry", **{"{project}/.telemetry": YES}
     ),
-    "the project, and not the user": Denial(
-        "this file denies consent:\n{project}/.telemetry",
-        files={"{project}/.telemetry": NO, "{config}/.telemetry": YES},
+    "the project, and not the user": denial_by_file(
+        "{project}/.telemetry", **{"{config}/.telemetry": YES}
     ),
-    "a variable's name in settings, to any value": denial_in_settings(
-        "DO_NOT_TRACK = False\n", "DO_NOT_TRACK"
+    "a project whose file is too large": Denial(
+        "this file cannot be read:\n{project}/pyproject.toml",
+        files={"{project}/pyproject.toml": KEDRO_TABLE + "\n" * 2**20},
     ),
-    "settings that Kedro cannot import": denial_in_settings(
-        "KEDRO_DISABLE_TELEMETRY = True\nimport gone\n", "KEDRO_DISABLE_TELEMETRY"
+    "settings that Kedro cannot import": denial_by_settings(
+        "DO_NOT_TRACK", "DO_NOT_TRACK = True\nimport gone\n"
     ),
 }
+# The denial that tries each source of `_consent_sources`
+SOURCES = {
+    "_environment_consent": "DO_NOT_TRACK",
+    "_file_consent": "kedro telemetry disable",
+    "_Consent": "a project whose file is too large",
+    "_imported_settings_consent": "KEDRO_DISABLE_TELEMETRY = True",
+    "_source_consent": "settings that Kedro cannot import",
+}
+HOW_TO_TRY = (
+    "Add the way to opt out to README's table and to README_DENIALS in the tests, "
+    "which try it with every way for an event to leave."
+)
 
 
-class Denied(NamedTuple):
-    """A project in which somebody has opted out, and why."""
+def test_each_source_of_consent_has_a_denial_that_is_tried():
+    code = inspect.getsource(kedro_telemetry._consent_sources)
+    sources = re.findall(r"\byield (?:from )?(\w+)", code)
+    untried = [source for source in sources if SOURCES.get(source) not in DENIALS]
+    assert not untried, (
+        f"A source of consent has no denial that is tried: {', '.join(untried)}. "
+        f"{HOW_TO_TRY} Name the denial in SOURCES."
+    )
 
-    project: Path
-    reason: str
+
+@pytest.mark.parametrize("name", kedro_telemetry.OPT_OUT_VARIABLES)
+def test_each_variable_that_opts_out_has_a_denial_that_is_tried(name):
+    tried = [name for denial in README_DENIALS.values() for name in denial.variables]
+    assert name in tried, f"No denial tries the variable {name}. {HOW_TO_TRY}"
 
 
 @pytest.fixture(params=DENIALS)
-def denied(request, new_project, config, monkeypatch) -> Denied:
-    """A project without an id, after each way to opt out."""
+def denied(request, new_project, config, user, patch) -> SimpleNamespace:
+    """A project without an id in which somebody has opted out, and the reasons."""
     denial = DENIALS[request.param]
-    places = {"project": new_project, "config": config}
+    places = {"project": new_project, "config": config, "home": user}
     for name, value in denial.variables.items():
-        monkeypatch.setenv(name, value)
+        patch.setenv(name, value)
     for path, text in denial.files.items():
         write(Path(path.format(**places)), text)
     here = new_project / "notebooks"
     here.mkdir(exist_ok=True)
-    monkeypatch.chdir(here)
-    return Denied(new_project, denial.reason.format(**places))
+    patch.chdir(here)
+    reason = denial.reason.format(**places)
+    if_loaded = denial.reason_if_loaded or reason
+    return SimpleNamespace(project=new_project, reason=reason, if_loaded=if_loaded)
 
 
 def by_a_command(project: Path) -> None:
@@ -1158,291 +1402,197 @@ def by_a_session(project: Path) -> None:
         load_catalogs(project)
 
 
-# These three load no project.
-
-
-def by_another_plugin(project: Path) -> None:
+def by_other_packages(project: Path) -> None:
+    """In a process that loads no project."""
     assert send_telemetry_event("x", {"a": 1}, project) is False
-
-
-def by_kedro_viz(project: Path) -> None:
     assert consent(project) is False
-
-
-def by_the_extension_for_vs_code(project: Path) -> None:
     found = json.loads(json.dumps(base_properties(project)))
-    assert "os" in found
-    assert "project_id" not in found
+    assert ("os" in found, "project_id" in found) == (True, False)
 
 
-@pytest.mark.parametrize(
-    "way_out",
-    [
-        by_a_command,
-        by_a_session,
-        by_another_plugin,
-        by_kedro_viz,
-        by_the_extension_for_vs_code,
-    ],
-)
-def test_after_a_denial_nothing_is_sent_created_changed_or_imported(
-    way_out, denied, tmp_path, heap, monkeypatch
-):
+@pytest.mark.parametrize("way_out", [by_a_command, by_a_session, by_other_packages])
+def test_after_a_denial_nothing_happens(way_out, denied, tmp_path, heap, patch):
     for module in ("http.client", "urllib.request"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
+        patch.delitem(sys.modules, module, raising=False)
     before = files(tmp_path)
     way_out(denied.project)
-    assert files(tmp_path) == before
-    assert heap.connections == []
+    assert (files(tmp_path), heap.connections) == (before, [])
     assert not {"http.client", "urllib.request"} & set(sys.modules)
 
 
-def test_after_a_denial_the_debug_mode_prints_the_reason(denied, monkeypatch, capfd):
-    monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
+def test_after_a_denial_debug_mode_prints_the_reason(denied, patch, capfd):
+    patch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
     assert send_telemetry_event("x", {}, denied.project) is False
     shown = f"kedro-telemetry sends nothing: {denied.reason}\n"
     assert capfd.readouterr() == ("", shown)
 
 
-def test_after_a_denial_there_is_no_identity(monkeypatch, user):
-    monkeypatch.setenv("DO_NOT_TRACK", "1")
+def test_after_a_denial_there_is_no_identity(patch, known_user):
+    patch.setenv("DO_NOT_TRACK", "1")
     assert kedro_telemetry._get_or_create_uuid() == ""
-    assert files(user) == {}
 
 
-def test_after_a_denial_by_a_variable_no_file_is_looked_at(project, monkeypatch):
-    monkeypatch.setenv("DO_NOT_TRACK", "1")
-    monkeypatch.setattr(kedro_telemetry, "_read", Mock(side_effect=AssertionError))
-    assert consent(project) is False
-
-
-@pytest.mark.parametrize(
-    ("variables", "text"),
-    [
-        ({}, ""),
-        ({"GITHUB_REPOSITORY_OWNER": "acme"}, ""),
-        ({}, 'DISABLE_HOOKS_FOR_PLUGINS = ("kedro-viz", "telemetry")\n'),
-        ({}, "DISABLE_HOOKS_FOR_PLUGINS = ()\n"),
-    ],
-    ids=["nothing", "GitHub Actions", "other plugins", "no plugin"],
-)
-def test_where_nobody_denies_all_is_sent(variables, text, project, heap, monkeypatch):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    write(project / SETTINGS, text)
-    run("registry list")
-    load_catalogs(project)
-    assert heap.commands == ["kedro registry list", None]
-
-
-def a_folder(path: Path) -> None:
-    path.mkdir()
-
-
-def a_dangling_symlink(path: Path) -> None:
-    path.symlink_to("gone")
-
-
-def a_loop(path: Path) -> None:
-    path.symlink_to(path)
-
-
-def a_pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def a_file_without_permission(path: Path) -> None:
-    write(path, YES).chmod(0)
-
-
-UNREADABLE = [
-    a_folder,
-    pytest.param(a_dangling_symlink, marks=posix),
-    pytest.param(a_loop, marks=posix),
-    pytest.param(a_pipe, marks=posix),
-    pytest.param(a_file_without_permission, marks=not_root),
-]
-
-
-@pytest.mark.parametrize("make", UNREADABLE)
-def test_what_cannot_be_read_denies_consent(make, config, heap, monkeypatch, capfd):
-    config.mkdir(parents=True)
-    make(config / ".telemetry")
-    monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
-    assert send_telemetry_event("x") is False
-    shown = f"this file cannot be read:\n{config / '.telemetry'}\n"
-    assert capfd.readouterr().err.endswith(shown)
-
-
-@pytest.mark.parametrize("file", ["pyproject.toml", SETTINGS])
-@pytest.mark.parametrize("make", UNREADABLE)
-def test_a_project_that_cannot_be_read_denies_consent(make, file, project, heap):
-    (project / file).unlink()
-    make(project / file)
-    assert send_telemetry_event("x", {}, project) is False
-    assert heap.connections == []
-
-
-@pytest.mark.parametrize(
-    ("place", "decision"),
-    [
-        ("home/.telemetry", None),
-        ("work/.telemetry", None),
-        (".telemetry", None),
-        ("work/spaceships/conf/.telemetry", False),
-        ("work/spaceships/.telemetry", False),
-        ("home/kedro/.telemetry", False),
-        ("work/spaceships/src/.telemetry", None),
-    ],
-)
-def test_a_file_counts_in_three_places_and_in_no_folder_above(
-    place, decision, project, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(project / "conf")
-    write(tmp_path / place, NO)
-    assert consent(project) is decision
-
-
-def test_each_place_is_looked_at_once(project, config, heap, monkeypatch):
-    looks = []
-    lstat = os.lstat
-
-    def look(path: Path) -> os.stat_result:
-        looks.append(path)
-        return lstat(path)
-
-    monkeypatch.setattr(os, "lstat", look)
-    assert send_telemetry_event("x", {}, project) is True
-    looked_for = [Path(path) for path in looks if Path(path).name == ".telemetry"]
-    assert looked_for == [config / ".telemetry", project / ".telemetry"]
-
-
-@posix
-def test_a_deleted_current_directory_denies_nothing(user, heap, monkeypatch):
-    (user / "gone").mkdir()
-    monkeypatch.chdir(user / "gone")
-    (user / "gone").rmdir()
-    assert kedro_telemetry._get_or_create_uuid() != ""
+def test_a_fork_of_kedro_on_GitHub_denies_nothing(heap, patch):
+    patch.setenv("GITHUB_REPOSITORY_OWNER", "acme")
     assert send_telemetry_event("x") is True
 
 
-def test_kedros_tests_can_replace_the_question_for_consent(project, heap, monkeypatch):
-    check = Mock(return_value=None)
-    monkeypatch.setattr("kedro_telemetry.plugin._check_for_telemetry_consent", check)
-    run("run")
-    check.assert_called_once_with(project)
-    assert len(heap.events) == 1
-    check.return_value = False
-    run("run")
-    assert (check.call_count, len(heap.events)) == (2, 1)
+# What a `.telemetry` says, and where it counts
+
+
+@pytest.mark.parametrize(
+    ("text", "decision"),
+    [
+        ("consent: true", True),
+        ("CONSENT\t:Yes \t", True),
+        *((f"consent: {word}", True) for word in ("on", "y", "1")),
+        ("\"consent\": 'true'", True),
+        ("  consent: true # I said", True),
+        ("\ufeffconsent: true\r\n\r\n", True),
+        ("# consent: false\nconsent: true\nconsent: yes", True),
+        ("consent: true" + "\n" * (2**20 - 13), True),
+        ("", None),
+        ("\ufeff \t\r\n  # consent: false\n#", None),
+        ("consent: false", False),
+        ("consent:", False),
+        ("consent = true", False),
+        ("- consent: true", False),
+        ("{consent: true}", False),
+        ("consent: true#no", False),
+        ("consent: 'true", False),
+        ("consent: tru\u0435", False),
+        ("consent: true\nother: 1", False),
+        ("consent: true\nconsent: false", False),
+        ("KEDRO_DISABLE_TELEMETRY=1\nDO_NOT_TRACK=1\n", False),
+        ("<<<<<<< HEAD\nconsent: true\n=======\nconsent: true\n>>>>>>> x\n", False),
+        ("consent: true".encode("utf-16"), False),
+        (b"consent: true # \xff", False),
+        ("consent: true" + "\n" * (2**20 - 12), False),
+    ],
+    ids=lambda x: repr(x)[:50],
+)
+def test_a_file_that_plainly_says_so_grants_and_any_doubt_denies(text, decision, user):
+    write(user / ".telemetry", text if isinstance(text, bytes) else text.encode())
+    assert consent() is decision
+
+
+@linux
+def test_a_file_counts_where_README_says(project, user, tmp_path, patch):
+    here = project / "notebooks"
+    here.mkdir()
+    patch.chdir(here)
+    patch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    places = {user / ".config/kedro", tmp_path / "xdg/kedro", here, project}
+    found = {path.parent for path in kedro_telemetry._consent_files(project)}
+    assert found == places, "README names these folders: change it with this test."
+    for place in places:
+        file = write(place / ".telemetry", NO)
+        assert consent(project) is False
+        file.unlink()
+    for place in (tmp_path, project.parent, user, user / ".config", project / "src"):
+        write(place / ".telemetry", NO)
+    assert consent(project) is None
+
+
+@posix
+@pytest.mark.parametrize("file", [".telemetry", "pyproject.toml", SETTINGS])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Path.mkdir,
+        os.mkfifo,
+        lambda path: path.symlink_to("gone"),
+        lambda path: path.symlink_to(path),
+        pytest.param(lambda path: write(path, YES).chmod(0), marks=not_root),
+    ],
+    ids=["a folder", "a pipe", "a dangling link", "a loop", "no permission"],
+)
+def test_what_cannot_be_read_denies(make, file, project, patch, capfd):
+    (project / file).unlink(missing_ok=True)
+    make(project / file)
+    patch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
+    assert send_telemetry_event("x", {}, project) is False
+    shown = f"this file cannot be read:\n{project / file}\n"
+    assert capfd.readouterr().err.endswith(shown)
+
+
+@posix
+def test_a_deleted_current_directory_denies_nothing(user, heap, patch):
+    (user / "gone").mkdir()
+    patch.chdir(user / "gone")
+    (user / "gone").rmdir()
+    assert send_telemetry_event("x") is True
 
 
 # Settings: names that Kedro has imported, or else the source, which is not run
 
-IN_ANY_SETTINGS = [
-    ("", None),
-    ("# DO_NOT_TRACK, KEDRO_DISABLE_TELEMETRY\n", None),
-    ("MY_DO_NOT_TRACK_SWITCH = 1", None),
-    ("DO_NOT_TRACK = None", False),
-    ("class KEDRO_DISABLE_TELEMETRY: ...", False),
-    ("def DO_NOT_TRACK(): ...", False),
-    ("import os as DO_NOT_TRACK", False),
-    ("globals()['KEDRO_DISABLE_TELEMETRY'] = 1", False),
-    ("DISABLE_HOOKS_FOR_PLUGINS = ()", None),
-    ("DISABLE_HOOKS_FOR_PLUGINS = ('kedro-viz', 'kedro-telemetry-extras')", None),
-    ("DISABLE_HOOKS_FOR_PLUGINS = ('telemetry', 'my-kedro-telemetry')", None),
-    ("DISABLE_HOOKS_FOR_PLUGINS = ('kedro-telemetry',)", False),
-    ("DISABLE_HOOKS_FOR_PLUGINS = 'kedro-viz'", None),
-    ("DISABLE_HOOKS_FOR_PLUGINS = 'kedro-telemetry'", False),
-    ("DISABLE_HOOKS_FOR_PLUGINS = 'kedro-viz, kedro-telemetry'", False),
-    ("DISABLE_HOOKS_FOR_PLUGINS = 'kedro-viz kedro_telemetry'.split()", False),
-    ("DISABLE_HOOKS_FOR_PLUGINS = ['kedro-viz', 'Kedro_Telemetry']", False),
-    ("DISABLE_HOOKS_FOR_PLUGINS = {'kedro.telemetry'}", False),
-    ("DISABLE_HOOKS_FOR_PLUGINS = frozenset(['kedro--telemetry'])", False),
-    ("DISABLE_HOOKS_FOR_PLUGINS = (x for x in ['kedro-telemetry'])", False),
-    ("NAME = 'kedro-telemetry'\nDISABLE_HOOKS_FOR_PLUGINS = (NAME,)", False),
-]
-IN_IMPORTED_SETTINGS = [
-    ("DISABLE_HOOKS_FOR_PLUGINS = (x for x in ())", False),
-    ("DISABLE_HOOKS_FOR_PLUGINS = None", False),
-    ("DISABLE_HOOKS_FOR_PLUGINS = [5]", False),
-    ("DISABLE_HOOKS_FOR_PLUGINS = ('kedro-' + 'telemetry',)", False),
-    ("import os\nos.environ.pop('DO_NOT_TRACK', None)", None),
-]
-IN_SOURCE = [
-    ("import gone", None),
-    ("raise SystemExit", None),
-    ("PATTERN = '\\d'", None),
-    ("PATTERN = '\\\\d'", None),
-    ("PATTERN = r'\\'DO_NOT_TRACK'", False),
-    ("PATTERN = '\\\\'; DO_NOT_TRACK = 1", False),
-    ("X = 1 + \\\n    2", None),
-    ("X = 1 + \\\r\n    2", None),
-    ("from .kedro_telemetry import x\nDISABLE_HOOKS_FOR_PLUGINS = ()", None),
-    ("DISABLE = 'kedro-telemetry'", None),
-    ("import os\nos.environ['DO_NOT_TRACK'] = '1'", False),
-    ("import os\nos.environ.setdefault('DO_NOT_TRACK', '')", False),
-    ("import os\nos.environ.update(DO_NOT_TRACK='1')", False),
-    ("import gone\ngone.DO_NOT_TRACK = True", False),
-    ("exec('KEDRO_DISABLE_TELEMETRY = True')", False),
-    ("X = f'{1}DO_NOT_TRACK=1'", False),
-    ("'''To opt out, set DO_NOT_TRACK.'''", False),
-    ("def f(): global DO_NOT_TRACK", False),
-    ("if False:\n    DO_NOT_TRACK = True", False),
-    ("from gone import DO_NOT_TRACK", False),
-    ("from gone import OFF as KEDRO_DISABLE_TELEMETRY", False),
-    ("from gone import DO_NOT_TRACK as _", False),
-    ("from gone import DISABLE_HOOKS_FOR_PLUGINS", False),
-    ("from gone import OFF as DISABLE_HOOKS_FOR_PLUGINS", False),
-    ("from gone import DISABLE_HOOKS_FOR_PLUGINS as X", False),
-    ("from gone import *", False),
-    ("this is no Python", False),
-    ("X = " + "(" * 1000, False),
-    (b"X = '\xff'", False),
-    (b"X = '\0'", False),
-    (b"# coding: latin-1\nX = '\xff'", None),
-    (b"\xef\xbb\xbfX = 1", None),
-    (b"#" * (2**20 + 1), False),
-]
 
-
-@pytest.mark.parametrize(("text", "decision"), IN_ANY_SETTINGS + IN_IMPORTED_SETTINGS)
+@pytest.mark.parametrize(
+    ("text", "decision"),
+    [
+        ("# DO_NOT_TRACK, KEDRO_DISABLE_TELEMETRY", None),
+        ("MY_DO_NOT_TRACK_SWITCH = 1", None),
+        ("DO_NOT_TRACK = None", False),
+        ("globals()['KEDRO_' + 'DISABLE_TELEMETRY'] = 1", False),
+        ("DISABLE_HOOKS_FOR_PLUGINS = ()", None),
+        ("DISABLE_HOOKS_FOR_PLUGINS = ('kedro-viz', 'telemetry')", None),
+        ("DISABLE_HOOKS_FOR_PLUGINS = ('kedro-' + 'telemetry',)", False),
+        ("DISABLE_HOOKS_FOR_PLUGINS = 'kedro-viz, kedro-telemetry'", False),
+        ("DISABLE_HOOKS_FOR_PLUGINS = ['kedro-viz', 'Kedro_Telemetry']", False),
+        ("DISABLE_HOOKS_FOR_PLUGINS = {'kedro.telemetry'}", False),
+        ("DISABLE_HOOKS_FOR_PLUGINS = frozenset(['kedro--telemetry'])", False),
+        ("DISABLE_HOOKS_FOR_PLUGINS = (x for x in ())", False),
+    ],
+)
 def test_the_names_of_imported_settings_count(text, decision, project):
     write(project / SETTINGS, text)
-    import_settings(project)
+    bootstrap_project(project)
     assert consent(project) is decision
 
 
-def import_settings(project: Path) -> ModuleType:
-    """Import settings as Kedro does, which would refuse some of these."""
-    sys.path.insert(0, str(project / "src"))
-    return import_module(f"{project.name}.settings")
+def test_kedros_switch_counts_as_a_variable_of_dynaconf(project, heap, patch):
+    names = '@json ["kedro-telemetry"]'
+    patch.setenv("DYNACONF_DISABLE_HOOKS_FOR_PLUGINS", names)
+    run("info")
+    load_catalogs(project)
+    assert heap.connections == []
 
 
-@pytest.mark.parametrize(("text", "decision"), IN_ANY_SETTINGS + IN_SOURCE)
+@pytest.mark.parametrize(
+    ("text", "decision"),
+    [
+        ("  # KEDRO_DISABLE_TELEMETRY, DISABLE_HOOKS_FOR_PLUGINS, import *", None),
+        ("MY_DO_NOT_TRACK_SWITCH = 2 * 3", None),
+        ("raise SystemExit", None),
+        (b"this is no Python: '\xff\0'", None),
+        ("DATA = r'D:\\\u00dcbung' + '\\N{EM DASH}'", None),
+        ("import os\nos.environ.setdefault('DO_NOT_TRACK', '')", False),
+        ("X = 1  # KEDRO_DISABLE_TELEMETRY", False),
+        ("from gone import OFF as KEDRO_DISABLE_TELEMETRY", False),
+        ("DISABLE_HOOKS_FOR_PLUGINS = ('kedro-viz',)", False),
+        ("from gone import\\\n    *", False),
+        ("#" * (2**20 + 1), False),
+    ],
+    ids=lambda x: repr(x)[:60],
+)
 def test_the_source_of_other_settings_counts(text, decision, project):
     write(project / SETTINGS, text)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert consent(project) is decision
-    assert caught == []
+    assert consent(project) is decision
     assert "spaceships" not in sys.modules
 
 
 @pytest.mark.parametrize(
     ("table", "place"),
     [
-        ("", "src/spaceships/settings.py"),
         ("", "src/spaceships/settings/__init__.py"),
         ('source_dir = "lib/python"\n', "lib/python/spaceships/settings.py"),
-        ('source_dir = "."\n', "spaceships/settings.py"),
         ('source_dir = "~/code"\n', "../../home/code/spaceships/settings.py"),
     ],
 )
 def test_settings_are_found_where_the_package_is(table, place, project):
     (project / SETTINGS).unlink()
-    text = (project / "pyproject.toml").read_text()
-    text = text.replace("[tool.kedro]\n", f"[tool.kedro]\n{table}")
+    assert consent(project) is None
+    text = KEDRO_TABLE.replace("[tool.kedro]\n", f"[tool.kedro]\n{table}")
     write(project / "pyproject.toml", text)
     write((project / place).resolve(), "KEDRO_DISABLE_TELEMETRY = True\n")
     assert consent(project) is False
@@ -1459,49 +1609,11 @@ def test_settings_of_a_package_in_a_package_are_found(project):
     assert "acme" not in sys.modules
 
 
-def test_a_project_without_settings_denies_nothing(project, heap):
-    (project / SETTINGS).unlink()
-    assert consent(project) is None
-    run("info")
-    assert heap.commands == ["kedro info"]
-
-
-def test_settings_of_another_folder_do_not_stand_in_for_a_projects_own(
-    project, tmp_path
-):
-    """Two checkouts of one project, of which one has opted out."""
+def test_each_checkout_of_a_project_has_settings_of_its_own(project, tmp_path):
     copied = shutil.copytree(project, tmp_path / "copy")
     write(copied / SETTINGS, "KEDRO_DISABLE_TELEMETRY = True\n")
-    import_settings(project)
-    assert consent(project) is None
-    assert consent(copied) is False
-
-
-def test_settings_of_an_installed_package_are_found_beside_its_project(
-    project, tmp_path
-):
-    (project / "src").rename(tmp_path / "site")
-    text = "KEDRO_DISABLE_TELEMETRY = True\n"
-    write(tmp_path / "site/spaceships/settings.py", text)
-    sys.path.insert(0, str(tmp_path / "site"))
-    assert consent(project) is None
-    import_module("spaceships")
-    assert consent(project) is False
-
-
-def test_settings_of_an_unknown_kind_deny_consent(project):
-    import_settings(project)
-    sys.modules["spaceships.settings"] = 5
-    assert consent(project) is False
-
-
-@posix
-def test_imported_settings_may_be_a_link(project, tmp_path):
-    (project / SETTINGS).unlink()
-    text = "globals()['DO_NOT' + '_TRACK'] = 1\n"
-    (project / SETTINGS).symlink_to(write(tmp_path / "shared.py", text))
-    import_settings(project)
-    assert consent(project) is False
+    bootstrap_project(project)
+    assert (consent(project), consent(copied)) == (None, False)
 
 
 def test_a_package_that_cannot_be_imported_is_not_run_again(project, heap, capfd):
@@ -1515,78 +1627,7 @@ def test_a_package_that_cannot_be_imported_is_not_run_again(project, heap, capfd
     assert "run" not in capfd.readouterr().out
 
 
-# A packaged project: it runs in any folder, also in that of another project
-
-
-@pytest.fixture
-def packaged(project, other_project, monkeypatch) -> Callable[[], None]:
-    """The function that lets `rockets` run as a package in the folder `spaceships`."""
-    monkeypatch.syspath_prepend(str(other_project / "src"))
-
-    def run_packaged() -> None:
-        kedro_project.configure_project("rockets")
-        assert len(kedro_project.pipelines) == 2
-        session = KedroSession.create(conf_source=str(other_project / "conf"))
-        assert session.load_context().catalog
-
-    return run_packaged
-
-
-def test_a_packaged_project_is_not_taken_for_that_of_the_folder(
-    packaged, new_project, heap
-):
-    before = files(new_project)
-    packaged()
-    assert heap.project_ids == {None}
-    assert "tools" not in heap.properties
-    assert heap.properties["number_of_pipelines"] == 2
-    assert heap.properties["number_of_nodes"] == 3
-    assert files(new_project) == before
-
-
-def test_a_packaged_project_of_the_same_name_is_another_one(
-    project, tmp_path, heap, monkeypatch
-):
-    shutil.copytree(project / "src", tmp_path / "site")
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    kedro_project.configure_project("spaceships")
-    assert KedroSession.create().load_context().catalog
-    assert heap.project_ids == {None}
-
-
-@pytest.mark.parametrize(
-    "file",
-    [
-        "other/rockets/src/rockets/settings.py",
-        "work/spaceships/src/spaceships/settings.py",
-        "work/spaceships/.telemetry",
-    ],
-)
-def test_both_projects_can_deny(file, packaged, tmp_path, heap):
-    is_settings = file.endswith("settings.py")
-    write(tmp_path / file, "DO_NOT_TRACK = True\n" if is_settings else NO)
-    packaged()
-    assert heap.connections == []
-
-
-def test_an_event_of_another_plugin_belongs_to_the_path_that_it_gives(
-    project, other_project, heap
-):
-    bootstrap_project(other_project)
-    assert send_telemetry_event("x", {}, project) is True
-    assert heap.project_ids == {SPACESHIPS}
-
-
-def test_after_a_denial_of_the_loaded_project_no_plugin_sends(
-    project, other_project, heap
-):
-    write(other_project / "src/rockets/settings.py", "DO_NOT_TRACK = True\n")
-    bootstrap_project(other_project)
-    assert send_telemetry_event("x", {}, project) is False
-    assert send_telemetry_event("x") is False
-
-
-# What is printed: the notice, and the debug mode
+# The notice
 
 
 class Screen(io.StringIO):
@@ -1604,99 +1645,35 @@ Cell.__module__ = "ipykernel.iostream"
 
 
 @pytest.mark.parametrize("kind", [Screen, Cell])
-def test_the_notice_is_shown_once_where_somebody_sees_it(
-    kind, heap, config, monkeypatch
-):
-    for notices in (1, 0):
+def test_the_notice_is_shown_once_to_somebody(kind, heap, config, patch):
+    for shown in (NOTICE + "\n", ""):
         stream = kind()
-        monkeypatch.setattr(sys, "stderr", stream)
+        patch.setattr(sys, "stderr", stream)
         assert send_telemetry_event("x") is True
-        assert stream.getvalue() == (kedro_telemetry.NOTICE + "\n") * notices
+        assert stream.getvalue() == shown
     assert (config / "telemetry.notice").read_bytes() == b""
 
 
-@posix
-def test_the_notice_is_shown_once_in_a_real_terminal(heap, config):
-    pty = pytest.importorskip("pty")
-    command = [sys.executable, "-m", "kedro", "--version"]
-    for is_shown in (True, False):
-        try:
-            screen, terminal = pty.openpty()
-        except OSError:
-            pytest.skip("this machine has no more terminals")
-        subprocess.run(command, stderr=terminal, check=True, timeout=60)
-        os.write(terminal, b"END\n")
-        shown = os.read(screen, 9999).decode()
-        os.close(terminal)
-        os.close(screen)
-        assert (kedro_telemetry.NOTICE.strip()[:40] in shown) is is_shown
-
-
-def test_the_notice_is_shown_each_time_where_it_may_go_unseen(heap, config, capfd):
+def test_the_notice_is_shown_until_a_grant_where_it_may_go_unseen(user, heap, capfd):
     """As after `kedro info 2> errors.log`."""
-    for _ in range(2):
+    for shown in (NOTICE + "\n", NOTICE + "\n", ""):
+        if not shown:
+            write(user / ".telemetry", YES)
         assert send_telemetry_event("x") is True
-        assert capfd.readouterr() == ("", kedro_telemetry.NOTICE + "\n")
-    assert not (config / "telemetry.notice").exists()
+        assert capfd.readouterr() == ("", shown)
 
 
-def test_the_notice_is_short_and_says_how_to_opt_out():
-    """It is read in terminals of 80 columns, set off from the output before it."""
-    assert kedro_telemetry.NOTICE == (
-        "\n"
-        "Kedro collects anonymised usage data to improve the product.\n"
-        "See whether it is on here, and why:  kedro telemetry\n"
-        "Opt out:    kedro telemetry disable, or set DO_NOT_TRACK\n"
-        "Read more:  https://docs.kedro.org/en/stable/about/telemetry/"
-    )
-
-
-def test_after_a_grant_there_is_no_notice(user, heap, capfd):
-    write(user / ".telemetry", YES)
-    assert send_telemetry_event("x") is True
-    assert capfd.readouterr() == ("", "")
-
-
-def test_without_standard_error_the_event_is_sent(heap, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", None)  # as in pythonw
-    assert send_telemetry_event("x") is True
-
-
-def test_where_standard_error_is_closed_the_event_is_sent(heap, tmp_path, monkeypatch):
-    with open(tmp_path / "errors", "w") as closed:
-        monkeypatch.setattr(sys, "stderr", closed)
-    assert send_telemetry_event("x") is True
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a full device")
-def test_where_standard_error_is_full_the_event_is_sent(heap, monkeypatch):
-    with contextlib.suppress(OSError), open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stderr", full)
+@pytest.mark.parametrize("path", [None, "/dev/full"])
+def test_without_a_standard_error_the_event_is_sent(path, heap, patch):
+    if path and not os.path.exists(path):
+        pytest.skip("Linux has a full device")
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        errors = stack.enter_context(open(path, "w")) if path else None
+        patch.setattr(sys, "stderr", errors)  # pythonw has none
         assert send_telemetry_event("x") is True
 
 
-def test_the_debug_mode_prints_the_event_and_sends_nothing(
-    project, config, heap, monkeypatch, capfd
-):
-    monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
-    write(config / "telemetry.backoff", "")
-    assert send_telemetry_event("x", {"a": 1}, project) is False
-    output, errors = capfd.readouterr()
-    assert (output, heap.connections) == ("", [])
-    head = f"{kedro_telemetry.NOTICE}\nkedro-telemetry would send:\n"
-    assert errors.startswith(head + "{\n  ")
-    event = json.loads(errors.removeprefix(head))
-    assert (event["event"], event["properties"]["a"]) == ("x", 1)
-    assert event["identity"] == stored_uuid(config)
-    assert event["properties"]["project_id"]
-
-
-def test_an_empty_variable_is_no_debug_mode(heap, monkeypatch):
-    monkeypatch.setenv("KEDRO_TELEMETRY_DEBUG", "")
-    assert send_telemetry_event("x") is True
-
-
-# Identity: one user, one UUID
+# Ids: one user, one UUID; one project, one table at the end of pyproject.toml
 
 
 def stored_uuid(config: Path) -> str:
@@ -1716,171 +1693,116 @@ def test_a_new_user_gets_a_random_identity_that_stays(config, heap):
 
 @pytest.mark.parametrize(
     "content",
-    [
-        "",
-        "uuid = 5",
-        "[telemetry]",
-        "[telemetry]\nuuid = 5",
-        "telemetry = 1",
-        "[telemetry]\nuuid = 'x'",
-        "no toml",
-        b"\xff",
-        pytest.param("a = " + 9999 * "[", id="nested too deeply"),
-    ],
+    ["", "telemetry = 1", "[telemetry]\nuuid = 'x'", "no toml", b"\xff", 9999 * "a=["],
+    ids=["empty", "no table", "no UUID", "no TOML", "no UTF-8", "nested too deeply"],
 )
 def test_a_file_without_a_valid_uuid_gets_a_new_one(content, config):
     write(config / "telemetry.toml", content)
     assert kedro_telemetry._get_or_create_uuid() == stored_uuid(config)
 
 
-def no_configuration_folder(config: Path) -> None:
+def no_folder(config: Path) -> None:
     write(config, "a file")
 
 
-def a_folder_as_identity(config: Path) -> None:
-    (config / "telemetry.toml").mkdir(parents=True)
+def no_home(config: Path) -> None:
+    """As some services have none. The fixture `user` puts the variables back."""
+    os.environ.update(dict.fromkeys(HOME_VARIABLES, "nowhere"))
 
 
-def a_pipe_as_identity(config: Path) -> None:
-    config.mkdir(parents=True)
-    os.mkfifo(config / "telemetry.toml")
-
-
-def a_read_only_identity(config: Path) -> None:
-    write(config / "telemetry.toml", "").chmod(0o444)
-
-
+@posix
 @pytest.mark.parametrize(
     "trouble",
     [
-        no_configuration_folder,
-        a_folder_as_identity,
-        a_read_only_identity,
-        pytest.param(a_pipe_as_identity, marks=posix),
+        no_folder,
+        no_home,
+        lambda config: (config / "telemetry.toml").mkdir(parents=True),
+        lambda config: write(config / "telemetry.toml", "").chmod(0o444),
+        lambda config: config.mkdir() or os.mkfifo(config / "telemetry.toml"),
     ],
+    ids=["no folder", "no home", "a folder", "read-only", "a pipe"],
 )
-def test_events_go_without_an_identity_that_cannot_be_stored(
-    trouble, user, config, heap
-):
+def test_an_identity_that_cannot_be_stored_is_missing(trouble, user, config, heap):
     trouble(config)
-    before = files(user)
+    before = set(files(user))
     assert send_telemetry_event("x") is True
     assert heap.events[0]["identity"] == "missing_user_identity"
     assert heap.properties["username"] == kedro_telemetry._get_or_create_uuid() == ""
-    assert set(files(user)) - {config / "telemetry.notice"} == set(before)
-
-
-@pytest.fixture
-def no_home(monkeypatch) -> None:
-    """The user has no home folder, as some services have none."""
-    for name in HOME_VARIABLES:
-        monkeypatch.setenv(name, "nowhere")
-
-
-def test_without_a_home_folder_events_go_without_an_identity(no_home, user, heap):
-    assert send_telemetry_event("x") is True
-    assert heap.events[0]["identity"] == "missing_user_identity"
-    assert files(user) == {}
+    assert set(files(user)) == before
 
 
 @pytest.mark.parametrize(
-    ("platform", "variables", "folder"),
+    ("platform", "name", "value", "folder"),
     [
-        ("linux", {"XDG_CONFIG_HOME": "{home}/xdg"}, "xdg/kedro"),
-        ("linux", {"XDG_CONFIG_HOME": ""}, ".config/kedro"),
-        ("linux", {"XDG_CONFIG_HOME": "relative"}, ".config/kedro"),
-        ("darwin", {}, "Library/Application Support/kedro"),
-        (
-            "win32",
-            {"LOCALAPPDATA": "{home}/AppData/Local"},
-            "AppData/Local/kedro/kedro",
-        ),
+        ("linux", "XDG_CONFIG_HOME", "{home}/xdg", "xdg/kedro"),
+        ("linux", "XDG_CONFIG_HOME", "relative", ".config/kedro"),
+        ("darwin", "HOME", "{home}", "Library/Application Support/kedro"),
+        ("win32", "LOCALAPPDATA", "{home}/Local", "Local/kedro/kedro"),
     ],
 )
-def test_the_configuration_folder_is_where_each_platform_has_it(
-    platform, variables, folder, user, monkeypatch
-):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value.format(home=user))
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "platform", platform)
+def test_each_platform_has_its_folder(platform, name, value, folder, user, patch):
+    patch.setenv(name, value.format(home=user))
+    with patch.context() as inner:
+        inner.setattr(sys, "platform", platform)
         identity = kedro_telemetry._get_or_create_uuid()
     assert stored_uuid(user / folder) == identity
 
 
-def test_a_CI_machine_makes_no_id_and_shows_no_notice(
-    new_project, heap, monkeypatch, capfd
-):
-    monkeypatch.setenv("CI", "1")
-    before = files(new_project.parent)
+def test_a_CI_machine_gets_no_id_or_notice(new_project, heap, tmp_path, patch, capfd):
+    patch.setenv("CI", "1")
+    before = files(tmp_path)
     assert send_telemetry_event("x", {}, new_project) is True
     assert capfd.readouterr() == ("", "")
     assert heap.events[0]["identity"] == "missing_user_identity"
     assert "project_id" not in heap.properties
-    assert heap.properties["is_ci_env"] is True
-    assert files(new_project.parent) == before
+    assert files(tmp_path) == before
 
 
-def test_a_CI_machine_uses_stored_ids(project, known_user, heap, monkeypatch):
-    monkeypatch.setenv("CI", "1")
+def test_a_CI_machine_uses_stored_ids(project, known_user, heap, patch):
+    patch.setenv("CI", "1")
     assert send_telemetry_event("x", {}, project) is True
     assert heap.events[0]["identity"] == IDENTITY
     assert "project_id" in heap.properties
 
 
-# The project's id: a table at the end of pyproject.toml, or nothing
-
 OPENED = '[tool.kedro]\na = "ü"\n'
 ADDED = "\n[tool.kedro_telemetry]\nproject_id = 'ID'\n"
 
 
-@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["LF", "CRLF"])
 @pytest.mark.parametrize(
     ("text", "added"),
     [
         (OPENED, ADDED),
+        (OPENED.replace("\n", "\r\n"), ADDED.replace("\n", "\r\n")),
         (OPENED.rstrip(), "\n" + ADDED),
-        ("[tool]\nkedro.a = 1\n", ADDED),
         (f'a = """\n[tool.kedro_telemetry]\n"""\n{OPENED}', ADDED),
         (f"[tool.kedro_telemetry]  # ours\nother = 1\n{OPENED}", ""),
-        (f"{OPENED}[tool.kedro_telemetry]", ""),
-        (f"[tool.kedro_telemetry.project_id]\n{OPENED}", ""),
-        (f"[tool]\nkedro_telemetry = {{}}\n{OPENED}", ""),
         (f"[tool]\nkedro_telemetry = 5\n{OPENED}", ""),
         ("tool = {kedro = {a = 1}}\n", ""),
         ("[tool.black]\n", ""),
-        ("tool = 5\n", ""),
-        ("", ""),
-        (f"{OPENED}broken\n", ""),
         (f"\ufeff{OPENED}", ""),
         ("[tool.kedro]\n# \udcff is not UTF-8\n", ""),
     ],
 )
-def test_an_id_is_added_to_pyproject_or_nothing(text, added, newline, tmp_path):
-    def encoded(text: str) -> bytes:
-        return text.replace("\n", newline).encode(errors="surrogateescape")
-
-    path = write(tmp_path / "pyproject.toml", encoded(text))
+def test_an_id_is_added_to_pyproject_or_nothing(text, added, tmp_path):
+    path = tmp_path / "pyproject.toml"
+    path.write_bytes(text.encode(errors="surrogateescape"))
     base_properties(tmp_path)
     written = re.sub(rb'"[0-9a-f]{32}"', b"'ID'", path.read_bytes())
-    assert written == encoded(text + added)
+    assert written == (text + added).encode(errors="surrogateescape")
 
 
 @pytest.mark.parametrize(
-    ("written", "hashed"),
-    [('"mine"', "mine"), ('""', ""), ("5", "5"), (f'"{PROJECT_ID}"', PROJECT_ID)],
+    ("written", "hashed"), [('"mine"', "mine"), ('""', ""), ("5", "5")]
 )
 def test_an_id_is_taken_as_it_stands_in_a_kedro_project(written, hashed, tmp_path):
-    text = f"[tool.kedro]\n[tool.kedro_telemetry]\nproject_id = {written}\n"
-    write(tmp_path / "pyproject.toml", text)
+    table = f"[tool.kedro_telemetry]\nproject_id = {written}\n"
+    path = write(tmp_path / "pyproject.toml", table)
+    assert "project_id" not in base_properties(tmp_path)
+    write(path, "[tool.kedro]\n" + table)
     sent = base_properties(tmp_path)["project_id"]
     assert sent == hashed_id(hashed, "undefined_package_name")
-    assert (tmp_path / "pyproject.toml").read_text() == text
-
-
-def test_an_id_outside_of_a_kedro_project_is_not_sent(tmp_path):
-    write(tmp_path / "pyproject.toml", ID_TABLE)
-    assert "project_id" not in base_properties(tmp_path)
+    assert path.read_text() == "[tool.kedro]\n" + table
 
 
 @pytest.mark.parametrize("declared", ['"spaceships"', "5"])
@@ -1894,22 +1816,18 @@ def test_an_id_is_hashed_with_the_package_that_kedro_has_loaded(declared, projec
 # Properties: those of every event, and those of a session
 
 
-@pytest.mark.parametrize("name", kedro_telemetry.CI_VARIABLES)
 @pytest.mark.parametrize(
-    ("value", "is_ci"),
+    ("name", "value", "is_ci"),
     [
-        ("true", True),
-        ("True", True),
-        ("1", True),
-        ("https://ci", True),
-        ("", False),
-        ("0", False),
-        ("false", False),
-        ("FALSE", False),
+        *((name, "true", True) for name in kedro_telemetry.CI_VARIABLES),
+        ("JENKINS_URL", "https://ci", True),
+        ("JENKINS_URL", "", False),
+        ("JENKINS_URL", "0", False),
+        ("JENKINS_URL", "False", False),
     ],
 )
-def test_a_CI_machine_is_known_by_its_variables(name, value, is_ci, monkeypatch):
-    monkeypatch.setenv(name, value)
+def test_a_CI_machine_is_known_by_its_variables(name, value, is_ci, patch):
+    patch.setenv(name, value)
     assert base_properties(None)["is_ci_env"] is is_ci
 
 
@@ -1917,17 +1835,12 @@ def test_a_CI_machine_is_known_by_its_variables(name, value, is_ci, monkeypatch)
     ("written", "sent"),
     [
         ("\"['Linting', 'Testing']\"", "Linting, Testing"),
-        ('["Linting", "Testing"]', "Linting, Testing"),
-        ('["Custom Logging", "Documentation"]', "Custom Logging, Documentation"),
         ("\"['Data Structure','PySpark']\"", "Data Structure, PySpark"),
         ('"Kedro Viz"', "Kedro Viz"),
         ("\"['None']\"", "None"),
         ('["Linting", "/home/alice/acme"]', "Linting"),
         ('"Linting for Acme"', None),
-        ('["linting"]', None),
-        ("[]", None),
         ('"[]"', None),
-        ('""', None),
         ("false", None),
     ],
 )
@@ -1949,42 +1862,38 @@ def test_all_tools_that_kedro_offers_are_known():
         ('"True"', "True"),
         ('"False"', "False"),
         ("true", True),
-        ("false", False),
         ('"acme"', None),
-        ("1", None),
-        ("['True']", None),
     ],
 )
-def test_of_an_example_pipeline_only_whether_it_was_chosen_is_sent(
-    written, sent, tmp_path
-):
+def test_of_an_example_only_whether_it_was_chosen_is_sent(written, sent, tmp_path):
     write(tmp_path / "pyproject.toml", f"[tool.kedro]\nexample_pipeline = {written}\n")
     assert base_properties(tmp_path).get("example_pipeline") == sent
 
 
-def test_an_event_has_the_time_in_UTC(heap):
-    send_telemetry_event("x")
+@posix
+def test_an_event_has_the_time_in_UTC_wherever_the_user_is(heap, patch):
+    with patch.context() as inner:
+        inner.setenv("TZ", "AHEAD-14")
+        time.tzset()
+        send_telemetry_event("x")
+    time.tzset()
     sent = time.strptime(heap.events[0]["timestamp"], "%Y-%m-%dT%H:%M:%S.%fZ")
-    assert abs(time.mktime(sent) - time.mktime(time.gmtime())) < 60
-
-
-def test_the_application_at_heap_can_be_another(heap, monkeypatch):
-    monkeypatch.setenv("HEAP_APPID_DEV", "5")
-    send_telemetry_event("x")
-    assert heap.events[0]["app_id"] == kedro_telemetry._get_heap_app_id() == "5"
-
-
-def test_a_kedro_that_cannot_be_imported_has_no_version(monkeypatch):
-    monkeypatch.setitem(sys.modules, "kedro", None)
-    assert "project_version" not in base_properties(None)
-
-
-OLD_NAMES = ["a", "parameters", "params:a", "params:a.b", "parameters_history"]
+    assert abs(calendar.timegm(sent) - time.time()) < HOUR, "This is no UTC."
 
 
 def test_datasets_are_counted_without_parameters(project, heap):
-    catalog = SimpleNamespace(list=OLD_NAMES.copy)  # as Kedro had before 1.0
+    names = ["a", "parameters", "params:a", "params:a.b", "parameters_history"]
+    catalog = SimpleNamespace(list=names.copy)  # as Kedro had before 1.0
     assert statistics(catalog, heap, project)["number_of_datasets"] == 2
+
+
+@pytest.mark.parametrize("catalog", [5, Trap()], ids=["number", "trap"])
+def test_a_catalog_that_cannot_be_read_costs_its_numbers(catalog, project, heap, log):
+    bootstrap_project(project)
+    sent = statistics(catalog, heap, project)
+    assert sent["project_id"] == SPACESHIPS
+    assert "number_of_datasets" not in sent
+    assert any("Counting the datasets failed" in line for line in log.messages)
 
 
 # Nothing of the user's is run: pipelines count where Kedro has loaded them
@@ -1997,6 +1906,7 @@ def test_datasets_are_counted_without_parameters(project, heap):
         (REGISTRY.replace("__default__", "first"), {"number_of_pipelines": 2}),
         ("def register_pipelines(): return None", {}),
     ],
+    ids=["all", "no default", "nothing"],
 )
 def test_pipelines_that_kedro_has_loaded_are_counted(registry, expected, project, heap):
     write(project / PIPELINES, registry)
@@ -2008,31 +1918,22 @@ def test_pipelines_that_kedro_has_loaded_are_counted(registry, expected, project
     assert {name: sent[name] for name in names if name in sent} == expected
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "print('loaded')",
-        "raise BaseException('loaded')",
-    ],
-)
-def test_a_session_and_a_command_load_pipelines_as_without_telemetry(line, project):
-    write(project / PIPELINES, f"{line}\n{REGISTRY}")
-    code = """
-    import contextlib, sys
-    from pathlib import Path
-    from kedro.framework.session import KedroSession
-    from kedro.framework.startup import bootstrap_project
-    bootstrap_project(Path.cwd())
-    try:
-        KedroSession.create(project_path=Path.cwd()).load_context().catalog
-    except BaseException as error:
-        print(repr(error))
-    print("spaceships.pipeline_registry" in sys.modules)
-    """
-    for words in [("-c", code), ("-m", "kedro", "catalog", "list")]:
-        bare = run_python(*words, DO_NOT_TRACK="1", KEDRO_LOGGING_CONFIG="quiet.yml")
-        done = run_python(*words, CI="1", KEDRO_LOGGING_CONFIG="quiet.yml")
-        assert (done.returncode, done.stdout) == (bare.returncode, bare.stdout)
+def test_an_event_imports_nothing_of_a_registry_by_itself(project, heap):
+    write(project / PIPELINES, "raise BaseException('loaded')")
+    bootstrap_project(project)
+    sent = statistics(SimpleNamespace(list=lambda: ["a"]), heap, project)
+    assert sent["number_of_datasets"] == 1
+    assert not {"number_of_pipelines", "number_of_nodes"} & set(sent)
+    assert "spaceships.pipeline_registry" not in sys.modules
+
+
+def test_pipelines_of_another_project_are_not_counted(project, other_project, heap):
+    context = create_session(project).load_context()
+    bootstrap_project(other_project)
+    assert len(kedro_project.pipelines) == 2
+    assert context.catalog
+    assert heap.project_ids == {SPACESHIPS}
+    assert not {"number_of_pipelines", "number_of_nodes"} & set(heap.properties)
 
 
 @pytest.mark.skipif(KEDRO < (1, 5), reason="Kedro loads all pipelines before 1.5")
@@ -2050,7 +1951,7 @@ NEVER = 'raise SystemExit("imported")\n'
 
 
 @pytest.fixture
-def datasets(tmp_path, monkeypatch) -> None:
+def datasets(tmp_path, patch) -> None:
     """kedro-datasets as it is laid out, none of which may be imported."""
     site = tmp_path / "site"
     for package in ("kedro_datasets", "kedro_datasets_experimental"):
@@ -2062,9 +1963,8 @@ def datasets(tmp_path, monkeypatch) -> None:
             pandas / "other.py", f"{NEVER}\n# class CSVDataset(X):\nclass CSVDatasets("
         )
         write(pandas / "not_utf8.py", b"\xff")
-    write(site / "kedro_datasets/broken/broken_dataset.py", b"\xff")
     write(site / "acme/pandas/csv_dataset.py", f"{NEVER}\nclass CSVDataset(X):\n")
-    monkeypatch.syspath_prepend(str(site))
+    patch.syspath_prepend(str(site))
 
 
 @since_kedro_1
@@ -2075,35 +1975,24 @@ def datasets(tmp_path, monkeypatch) -> None:
         ("kedro.io.MemoryDataset", MEMORY),
         (CACHED, CACHED),
         ("pandas.CSVDataset", CSV),
-        ("kedro_datasets.pandas.CSVDataset", CSV),
         ("kedro_datasets_experimental.pandas.CSVDataset", EXPERIMENTAL),
-        (EXPERIMENTAL, EXPERIMENTAL),
         ("kedro.io.Secret", "custom"),
-        ("pandas.Secret", "custom"),
         ("pandas.csv_dataset.Secret", "custom"),
-        ("broken.Secret", "custom"),
         ("acme.pandas.CSVDataset", "custom"),
-        ("..", "custom"),
-        ("/home/alice/pandas.CSVDataset", "custom"),
         ("pandas./home/alice.CSVDataset", "custom"),
-        ("pandas/../pandas.CSVDataset", "custom"),
         (["pandas.CSVDataset"], "custom"),
-        (None, "custom"),
         (CachedDataset, CACHED),
         (type("Secret", (MemoryDataset,), {}), "custom"),
     ],
 )
-def test_a_declared_type_is_sent_by_its_public_name(declared, sent, datasets, types_of):
-    assert types_of(catalog_of({"a": {"type": declared}})) == {sent: 1}
-
-
-def catalog_of(configs: dict) -> SimpleNamespace:
-    """A catalog that declares datasets and must not be asked for their types."""
-    return SimpleNamespace(
+def test_an_event_imports_nothing_to_find_a_type(declared, sent, datasets, types_of):
+    configs = {"a": {"type": declared}, "b": ["x"], 3: {}, "d": None}
+    catalog = SimpleNamespace(
         keys=configs.keys,
         config_resolver=SimpleNamespace(config=configs),
         get_type=Mock(side_effect=SystemExit("imported")),
     )
+    assert types_of(catalog) == Counter(["custom", "custom", "custom", sent])
 
 
 @pytest.fixture
@@ -2117,12 +2006,6 @@ def types_of(project, heap) -> Callable[[object], dict[str, int]]:
 
 
 @since_kedro_1
-def test_a_bad_entry_of_a_catalog_costs_its_own_name_only(datasets, types_of):
-    configs = {"a": ["x"], "b": {}, 3: {"type": "MemoryDataset"}, "d": None}
-    assert types_of(catalog_of(configs)) == {"custom": 3, MEMORY: 1}
-
-
-@since_kedro_1
 def test_datasets_that_are_added_by_code_have_types(types_of):
     catalog = DataCatalog.from_config({"a": {"type": "MemoryDataset"}})
     catalog["b"] = MemoryDataset(1)
@@ -2131,54 +2014,27 @@ def test_datasets_that_are_added_by_code_have_types(types_of):
     assert types_of(catalog) == {MEMORY: 2, "custom": 1}
 
 
-@since_kedro_1
-def test_a_type_that_many_datasets_have_is_looked_up_once(
-    datasets, types_of, monkeypatch
-):
-    configs = {str(number): {"type": "pandas.CSVDataset"} for number in range(9)}
-    read_bytes = Path.read_bytes
-    reads = []
-
-    def read(path: Path) -> bytes:
-        reads.append(path.name)
-        return read_bytes(path)
-
-    monkeypatch.setattr(Path, "read_bytes", read)
-    assert types_of(catalog_of(configs)) == {CSV: 9}
-    assert reads.count("csv_dataset.py") == 1
+PUBLIC_NAMES = ["kedro.io.X", "kedro_datasets.x.y.Z", "kedro_datasets_experimental.x.Z"]
+OTHER_NAMES = ["acme.X", "kedro.X", "kedro_datasets_acme.x.Z", "kedro.io.x.y.Z", "X"]
 
 
 def test_a_catalog_of_the_users_own_kind_is_asked(types_of):
-    types = {"a": "kedro.io.X", "b": None, "c": "acme.X"}
+    types = dict(enumerate([*PUBLIC_NAMES, *OTHER_NAMES, None]))
     catalog = SimpleNamespace(keys=types.keys, get_type=types.get)
-    assert types_of(catalog) == {"kedro.io.X": 1, "custom": 2}
-
-
-VALIDATED = {
-    "a": "pandera.api.A",
-    "b": "pandera.B",
-    "c": "pydantic.C",
-    "d": "great_expectations.D",
-    "e": "kedro.E",
-    "f": "kedro_datasets.F",
-    "g": "spaceships.Secret",
-    "h": "",
-}
+    assert types_of(catalog) == dict.fromkeys(PUBLIC_NAMES, 1) | {"custom": 6}
 
 
 def test_validators_are_counted_by_public_library(project, heap):
-    specs = {name: SimpleNamespace(class_path=path) for name, path in VALIDATED.items()}
+    public = kedro_telemetry.PUBLIC_VALIDATORS
+    paths = ["pandera.B", "spaceships.Secret", ""] + [
+        f"{name}.api.A" for name in public
+    ]
+    specs = {n: SimpleNamespace(class_path=path) for n, path in enumerate(paths)}
     catalog = SimpleNamespace(list=list, validator_specs=specs)
     sent = statistics(catalog, heap, project)
-    assert sent["number_of_validated_datasets"] == 8
-    assert counts("validator_type_count.", sent) == {
-        "pandera": 2,
-        "pydantic": 1,
-        "great_expectations": 1,
-        "kedro": 1,
-        "kedro_datasets": 1,
-        "custom": 2,
-    }
+    assert sent["number_of_validated_datasets"] == len(paths)
+    expected = dict.fromkeys(public, 1) | {"pandera": 2, "custom": 2}
+    assert counts("validator_type_count.", sent) == expected
 
 
 # Masking: public are the words that Kedro or an installed plugin defines
@@ -2200,7 +2056,7 @@ class Lazy(click.Group):
         if name == "fail": raise SystemExit("failed")
         return {"lift": lift}.get(name)
 everywhere = click.Group("everywhere", [fly])
-partial = click.Command("partial", callback=functools.partial(print))
+partial = click.Command("partially", callback=functools.partial(print))
 deck = Lazy("deck", callback=plug_commands.deck)
 renamed = click.Command("renamed", callback=plug_commands.renamed)
 class Default(click.Group):  # as click-default-group has it
@@ -2224,7 +2080,7 @@ plug = plug:inside
 
 
 @pytest.fixture
-def plugin(tmp_path, monkeypatch) -> SimpleNamespace:
+def plugin(tmp_path, patch) -> SimpleNamespace:
     """A plugin that Kedro has loaded, beside one that it has not."""
     site = tmp_path / "plugins"
     write(site / "plug.py", PLUGIN)
@@ -2232,47 +2088,34 @@ def plugin(tmp_path, monkeypatch) -> SimpleNamespace:
     write(site / "idle.py", "")
     write(site / "plug-1.0.dist-info/METADATA", "Name: plug\nVersion: 1.0\n")
     write(site / "plug-1.0.dist-info/entry_points.txt", ENTRY_POINTS)
-    monkeypatch.syspath_prepend(str(site))
+    patch.syspath_prepend(str(site))
     return import_module("plug")
 
 
 MASKED = [
     ("", "kedro"),
-    ("-h", "-h"),
     ("-V", "-V"),
     ("--help=x", "--help *****"),
     ("--help /home/alice", "--help *****"),
-    ("--version 3", "--version *****"),
     ("x", "*****"),
-    ("x --and y", "*****"),
     ("--x run", "*****"),
-    ("--x=y", "*****"),
-    ("info", "info"),
-    ("run", "run"),
     ("run -h", "run -h"),
-    ("run run", "run *****"),
     ("run --env x", "run --env *****"),
     ("run -e x y", "run -e ***** *****"),
     ("run -ex", "run *****"),
     ("run --params=a=b", "run --params *****"),
-    ("run --x --y=z", "run ***** *****"),
     ("run --pipeline=x --env=", "run --pipeline ***** --env *****"),
-    ("run --pipeline --env", "run --pipeline --env"),
     ("run -- -e x", "run ***** -e *****"),
     ("pipeline create x", "pipeline create *****"),
-    ("pipeline x create", "pipeline ***** *****"),
     ("jupyter notebook --port 80", "jupyter notebook ***** *****"),
     ("new --starter=astro-airflow-iris", "new --starter astro-airflow-iris"),
     ("new -s astro-airflow-iris x", "new -s astro-airflow-iris *****"),
-    ("new --checkout astro-airflow-iris", "new --checkout *****"),
     ("run --starter astro-airflow-iris", "run ***** *****"),
-    ("new -s x", "new -s *****"),
     ("fly --slow -f x --y", "fly --slow -f ***** *****"),
     ("fly target", "fly *****"),
     ("deck lift --level=9 --help", "deck lift --level ***** --help"),
-    ("deck x", "deck *****"),
     ("deck fail", "deck *****"),
-    ("partial", "*****"),
+    ("partially", "*****"),
     ("renamed", "renamed"),
     ("default renamed", "default renamed"),
     ("default /home/alice", "default *****"),
@@ -2280,9 +2123,7 @@ MASKED = [
 
 
 @pytest.mark.parametrize(("line", "sent"), MASKED)
-def test_what_kedro_or_a_plugin_defines_is_clear_and_all_else_masked(
-    line, sent, plugin, heap
-):
+def test_all_but_what_kedro_or_a_plugin_defines_is_masked(line, sent, plugin, heap):
     hook = kedro_telemetry.telemetry_hook
     hook.before_command_run(project_metadata=None, command_args=line.split())
     hook.after_command_run()
@@ -2291,12 +2132,12 @@ def test_what_kedro_or_a_plugin_defines_is_clear_and_all_else_masked(
     assert "idle" not in sys.modules
 
 
-def test_the_starter_of_a_plugin_is_not_an_official_one(monkeypatch, heap):
+def test_the_starter_of_a_plugin_is_masked(patch, heap):
     name = "_OFFICIAL_STARTER_SPECS_DICT"
     specs = getattr(starters, name, None) or starters._OFFICIAL_STARTER_SPECS
     internal = starters.KedroStarterSpec("acme-internal", "https://secret")
     internal.origin = "acme"
-    monkeypatch.setitem(specs, "acme-internal", internal)
+    patch.setitem(specs, "acme-internal", internal)
     hook = kedro_telemetry.telemetry_hook
     hook.before_command_run(None, ["new", "-s", "acme-internal"])
     hook.after_command_run()
@@ -2304,11 +2145,11 @@ def test_the_starter_of_a_plugin_is_not_an_official_one(monkeypatch, heap):
 
 
 @pytest.fixture
-def kedros_groups(monkeypatch) -> None:
+def kedros_groups(patch) -> None:
     """What a test adds to Kedro's groups of commands is gone after it."""
     for group in vars(kedro_cli).values():
         if isinstance(group, click.Group):
-            monkeypatch.setattr(group, "commands", dict(group.commands))
+            patch.setattr(group, "commands", dict(group.commands))
 
 
 PROJECT_COMMANDS = """
@@ -2327,8 +2168,8 @@ def decorated(function):
     @functools.wraps(function)
     def wrapped(): function()
     return wrapped
-wrapped = click.Command("wrapped-in-plugin", callback=decorated(function))
-partial = click.Command("partial-in-plugin", callback=functools.partial(function))
+wrapped = click.Command("wrapped", callback=decorated(function))
+partial = click.Command("partial", callback=functools.partial(function))
 cli = click.Group("spaceships", [run, mine])
 plug.inside.add_command(click.Command("added-to-plugin", callback=function))
 plug.inside.add_command(wrapped)
@@ -2340,19 +2181,10 @@ kedro_cli.cli.add_command(click.Command("of-a-plugin", callback=plug.renamed.cal
 """
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "mine",
-        "added",
-        "grouped",
-        "of-a-plugin",
-        "added-to-plugin",
-        "wrapped-in-plugin",
-        "partial-in-plugin",
-        "empty",
-    ],
-)
+OF_THE_PROJECT = "mine added grouped of-a-plugin added-to-plugin wrapped partial empty"
+
+
+@pytest.mark.parametrize("line", OF_THE_PROJECT.split())
 def test_what_the_project_defines_is_masked(line, project, plugin, heap, kedros_groups):
     write(project / "src/spaceships/cli.py", PROJECT_COMMANDS)
     assert run(line).exit_code == 0
@@ -2360,7 +2192,7 @@ def test_what_the_project_defines_is_masked(line, project, plugin, heap, kedros_
 
 
 @since_kedro_0_19
-def test_a_command_that_the_project_overrides_keeps_kedros_words(
+def test_in_an_overridden_command_only_kedros_words_are_not_masked(
     project, plugin, heap, kedros_groups
 ):
     write(project / "src/spaceships/cli.py", PROJECT_COMMANDS)
@@ -2368,16 +2200,15 @@ def test_a_command_that_the_project_overrides_keeps_kedros_words(
     assert heap.commands == ["kedro run --pipeline ***** ***** *****"]
 
 
-# Post: one try, two seconds, TLS
+# The post: one try, and its outcome in the log
 
 
 @pytest.mark.parametrize(
     ("mode", "outcome"),
     [
         ("200", "200"),
-        ("302", "302"),
         ("500", "500"),
-        ("big", "200"),
+        ("huge", "200"),
         ("garbage", "BadStatusLine"),
         ("reset", "(RemoteDisconnected|ConnectionResetError)"),
     ],
@@ -2389,7 +2220,9 @@ def test_an_event_is_posted_once_and_found_in_the_log(
     assert send_telemetry_event("x") is (outcome == "200")
     (line,) = log.messages
     posted = re.fullmatch(rf"Post of (\{{.*\}}): {outcome}", line)
-    assert json.loads(posted[1])["event"] == "x"
+    event = json.loads(posted[1])
+    assert (event["event"], event["identity"]) == ("x", "*****")
+    assert IDENTITY not in log.text
     assert len(heap.connections) == 1
     assert not (config / "telemetry.backoff").exists()
 
@@ -2403,52 +2236,27 @@ def test_an_event_is_posted_once_and_found_in_the_log(
     ],
     ids=["refused", "unknown", "broken"],
 )
-def test_the_kind_of_a_failure_is_logged_and_no_password(error, kind, log, monkeypatch):
-    monkeypatch.setenv("HTTPS_PROXY", "http://alice:secret@127.0.0.1:9")
+def test_the_log_names_a_cause_and_no_password(error, kind, log, patch):
+    patch.setenv("HTTPS_PROXY", "http://alice:secret@127.0.0.1:9")
     if error is not None:
-        monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=error))
+        patch.setattr(socket, "getaddrinfo", Mock(side_effect=error))
     assert send_telemetry_event("x") is False
     assert log.messages[0].endswith(f"}}: {kind}")
     assert "secret" not in log.text
 
 
-def test_the_users_identity_is_masked_in_the_log(heap, log, known_user):
-    assert send_telemetry_event("x") is True
-    assert IDENTITY not in log.text
-    assert '"identity": "*****"' in log.messages[0]
-    assert '"username": "*****"' in log.messages[0]
-
-
-def test_kedros_log_takes_an_event_with_brackets(heap, log, monkeypatch, capfd):
-    monkeypatch.setattr(kedro_telemetry.logger, "handlers", [RichHandler()])
-    monkeypatch.setattr(kedro_telemetry.logger, "propagate", False)
-    assert send_telemetry_event("[/oops]") is True
-    assert '"[/oops]"' in re.sub(r"\s+", "", capfd.readouterr().out)
-
-
-@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
-def test_a_lost_event_is_logged_if_the_log_works(error, heap, log, monkeypatch):
-    assert send_telemetry_event(Trap()) is False
-    assert log.messages == ["An event was lost: RuntimeError"]
-    monkeypatch.setattr(log.handler, "emit", Mock(side_effect=error))
-    assert send_telemetry_event(Trap()) is False
-    assert send_telemetry_event("x") is True
-
-
-def test_where_no_thread_can_start_an_event_is_lost(heap, monkeypatch):
-    error = RuntimeError("can't start new thread")
-    monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=error))
-    assert send_telemetry_event("x") is False
-    assert heap.connections == []
+def test_the_log_has_nothing_to_say_of_a_words_look_up(heap, log, known_user):
+    hook = kedro_telemetry.telemetry_hook
+    hook.before_command_run(None, ["info", "extra"])
+    hook.after_command_run()
+    assert [line.partition(" of ")[0] for line in log.messages] == ["Post"]
 
 
 # The request: its own headers, through the user's proxy
 
-HEADERS = {"Host", "User-Agent", "Content-Type", "Content-Length"}
 
-
-def test_only_the_headers_of_the_post_leave(heap, monkeypatch, capfd):
-    """sentry-sdk adds `baggage` to each request, OpenTelemetry `traceparent`."""
+def test_only_the_headers_of_the_post_leave(heap, patch, capfd):
+    """sentry-sdk adds `baggage` to each request; OpenTelemetry prints a span."""
     putrequest = http.client.HTTPConnection.putrequest
     open_url = urllib.request.OpenerDirector.open
 
@@ -2457,243 +2265,197 @@ def test_only_the_headers_of_the_post_leave(heap, monkeypatch, capfd):
         connection.putheader("baggage", "sentry-release=secret")
 
     def as_opentelemetry(opener, request, *args, **options):
-        request.add_header("traceparent", "00-secret")
+        click.echo("span")
         return open_url(opener, request, *args, **options)
 
-    monkeypatch.setattr(http.client.HTTPConnection, "putrequest", as_sentry)
-    monkeypatch.setattr(urllib.request.OpenerDirector, "open", as_opentelemetry)
-    monkeypatch.setattr(http.client.HTTPConnection, "debuglevel", 1)
+    patch.setattr(http.client.HTTPConnection, "putrequest", as_sentry)
+    patch.setattr(urllib.request.OpenerDirector, "open", as_opentelemetry)
+    patch.setattr(http.client.HTTPConnection, "debuglevel", 1)
     write(Path(".telemetry"), YES)
     assert send_telemetry_event("x") is True
-    assert set(heap.headers) == HEADERS
-    assert heap.headers["Host"] == "heapanalytics.com"
-    assert heap.headers["Content-Type"] == "application/json"
-    assert heap.headers["User-Agent"].startswith("kedro-telemetry/")
+    assert heap.headers.pop("Content-Length").isdigit()
+    assert heap.headers == {
+        "Host": "heapanalytics.com",
+        "Content-Type": "application/json",
+        "User-Agent": f"kedro-telemetry/{kedro_telemetry.__version__}",
+    }, "README lists the headers that leave: change it together with this test."
+    assert set(heap.proxy_headers) <= {"Host"}
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.fixture
-def no_network(monkeypatch) -> Mock:
-    """No name server and no address can be reached, and it is known who tried."""
-    attempt = Mock(side_effect=OSError("no network"))
-    monkeypatch.setattr(socket, "getaddrinfo", attempt)
-    monkeypatch.setattr(socket.socket, "connect", attempt)
-    return attempt
+def test_no_headers_leave_for_where_a_redirect_leads(heap):
+    heap.mode = "302"
+    assert send_telemetry_event("x") is False
+    assert len(heap.connections) == 1
 
 
-PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+def test_no_headers_leave_through_vcrpy(no_network, log, patch):
+    """vcrpy replaces the connections, and records into the user's cassettes."""
+    recorder = type("VCRConnection", (http.client.HTTPSConnection,), {})
+    patch.setattr(http.client, "HTTPSConnection", recorder)
+    assert send_telemetry_event("x") is False
+    no_network.assert_not_called()
+    assert log.messages[0].endswith("}: NotImplementedError")
 
 
-@pytest.mark.parametrize("name", PROXY_VARIABLES)
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
 @pytest.mark.parametrize("scheme", ["http://", ""])
-def test_the_users_proxy_is_used(name, scheme, heap, monkeypatch):
-    monkeypatch.delenv("HTTPS_PROXY")
-    monkeypatch.setenv(name, f"{scheme}alice:p%40ss@{heap.address}")
+def test_the_users_proxy_is_used(name, scheme, heap, patch):
+    patch.delenv("HTTPS_PROXY")
+    patch.setenv(name, f"{scheme}alice:p%40ss@{heap.address}")
+    if name == "HTTPS_PROXY":  # which comes first
+        patch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
     assert send_telemetry_event("x") is True
     assert heap.connections == ["heapanalytics.com:443"]
     assert heap.proxy_headers["Proxy-Authorization"] == "Basic YWxpY2U6cEBzcw=="
-    assert set(heap.headers) == HEADERS
+    assert "Proxy-Authorization" not in heap.headers
 
 
-def test_a_proxy_for_https_comes_before_one_for_all(heap, monkeypatch):
-    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
-    assert send_telemetry_event("x") is True
+HEAP_ITSELF = ("heapanalytics.com", 443)
 
 
 @pytest.mark.parametrize(
-    ("proxy", "address"),
+    ("proxy", "without", "address"),
     [
-        ("http://alice:#secret@proxy.example:3128", ("proxy.example", 3128)),
-        ("http://alice:12/3@proxy.example:3128", ("proxy.example", 3128)),
-        ("//proxy.example:3128", ("proxy.example", 3128)),
-        ("https://proxy.example", ("proxy.example", 443)),
-        ("http://", None),
-        ("http://alice:secret@", None),
+        ("http://alice:#secret@proxy.example:3128", "", ("proxy.example", 3128)),
+        ("//proxy.example:3128", "localhost", ("proxy.example", 3128)),
+        ("https://proxy.example", "", ("proxy.example", 443)),
+        ("http://", "", None),
+        ("http://proxy.example", "localhost,heapanalytics.com", HEAP_ITSELF),
+        ("socks5://proxy.example:1080", "heapanalytics.com", HEAP_ITSELF),
     ],
 )
-def test_a_proxy_is_found_as_urllib_finds_it(proxy, address, no_network, monkeypatch):
-    monkeypatch.setenv("HTTPS_PROXY", proxy)
+def test_a_proxy_is_found_as_urllib_finds_it(
+    proxy, without, address, no_network, patch
+):
+    patch.setenv("HTTPS_PROXY", proxy)
+    patch.setenv("NO_PROXY", without)
     assert send_telemetry_event("x") is False
     called = [call.args[:2] for call in no_network.call_args_list]
     assert called == ([address] if address else [])
 
 
-@pytest.mark.parametrize("name", PROXY_VARIABLES)
-@pytest.mark.parametrize("scheme", ["socks5", "SOCKS5h", "socks4", "socks"])
-def test_past_a_SOCKS_proxy_nothing_is_contacted(
-    name, scheme, no_network, log, config, monkeypatch
-):
-    monkeypatch.delenv("HTTPS_PROXY")
-    monkeypatch.setenv(name, f"{scheme}://proxy.example:1080")
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "ALL_PROXY"])
+@pytest.mark.parametrize("scheme", ["socks5", "SOCKS5h", "socks"])
+def test_a_SOCKS_proxy_is_not_passed(name, scheme, no_network, log, config, patch):
+    patch.delenv("HTTPS_PROXY")
+    patch.setenv(name, f"{scheme}://proxy.example:1080")
     assert send_telemetry_event("x") is False
     no_network.assert_not_called()
     assert log.messages[0].endswith("}: NotImplementedError")
     assert not (config / "telemetry.backoff").exists()
 
 
-@pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])
-def test_where_the_user_wants_no_proxy_the_host_is_asked(name, no_network, monkeypatch):
-    monkeypatch.setenv(name, "localhost,.heapanalytics.com,heapanalytics.com")
-    assert send_telemetry_event("x") is False
-    assert no_network.call_args.args[:2] == ("heapanalytics.com", 443)
-
-
 # The deadline, and the back-off after a post that takes long
 
 
 @pytest.fixture
-def short_deadline(monkeypatch) -> float:
-    monkeypatch.setattr(kedro_telemetry, "DEADLINE", 0.3)
-    return 0.3
+def short_deadline(patch) -> None:
+    patch.setattr(kedro_telemetry, "DEADLINE", 0.3)
 
 
-@pytest.fixture
-def hanging_certificates(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A bundle of certificates that nobody ever writes to."""
-    pipe = tmp_path / "pipe.pem"
-    os.mkfifo(pipe)
-    monkeypatch.setenv("SSL_CERT_FILE", str(pipe))
-    yield pipe
-    os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))
+def test_a_command_waits_two_seconds_for_a_heap_that_hangs(heap):
+    """The other tests wait longer, because a machine may be busy, or shorter."""
+    heap.mode = "drip"
+    code = """
+    import sys, time
+    import kedro_telemetry
+    from kedro.framework.cli import main
+    send = kedro_telemetry._Report.send
+    def timed_send(*arguments):
+        start = time.monotonic()
+        send(*arguments)
+        print(time.monotonic() - start)
+    kedro_telemetry._Report.send = timed_send
+    sys.argv = ["kedro", "--version"]
+    main()
+    """
+    done = run_python("-c", code)
+    assert (done.returncode, done.stderr) == (0, NOTICE + "\n")
+    assert 2 <= float(done.stdout.splitlines()[-1]) < 20
 
 
-@pytest.mark.parametrize("mode", ["hang", "hang-tls", "hang-http", "drip"])
-def test_after_the_deadline_a_post_is_given_up(
-    mode, heap, config, log, short_deadline, monkeypatch
-):
-    monkeypatch.setenv("CI", "true")  # no other file makes the folder of the stamp
+@pytest.mark.parametrize("mode", ["hang", "hang in TLS", "hang in HTTP", "drip"])
+def test_after_two_seconds_a_post_ends(mode, heap, config, log, short_deadline, patch):
+    patch.setenv("CI", "true")  # no other file makes the folder of the stamp
     heap.mode = mode
     start = time.monotonic()
     assert send_telemetry_event("x") is False
-    assert short_deadline <= time.monotonic() - start < 2
-    assert log.messages[0].endswith("}: no answer in time")
+    assert time.monotonic() - start < 10
     assert (config / "telemetry.backoff").read_bytes() == b""
+    heap.mode = "200"
+    heap.connections.clear()
     assert send_telemetry_event("x") is False
-    left_out = "An event was left out, as Heap did not answer the last one in time"
-    assert log.messages[1:] == [left_out]
-    assert len(heap.connections) == 1
+    assert "Heap did not answer" in log.messages[-1]
+    assert heap.connections == []
 
 
-def test_a_post_that_fails_slowly_is_not_tried_again(
-    heap, config, log, known_user, monkeypatch
-):
-    monkeypatch.setattr(kedro_telemetry, "DEADLINE", 1.0)
+def test_a_failure_late_in_two_seconds_is_the_last(heap, config, known_user, patch):
+    patch.setattr(kedro_telemetry, "DEADLINE", 1.0)
     heap.mode = "slow reset"
     for _ in range(2):
         assert send_telemetry_event("x") is False
     assert (config / "telemetry.backoff").exists()
     assert len(heap.connections) == 1
-    assert "no answer in time" not in log.text
 
 
-def test_a_command_waits_two_seconds_and_remembers_half_a_second(heap, config):
-    """The other tests wait longer, as a machine may be busy, or shorter."""
-    code = "import kedro_telemetry; print(kedro_telemetry.DEADLINE)"
-    failure = "README promises two seconds. Change its sentences, too, and this test."
-    assert run_python("-c", code).stdout == "2.0\n", failure
-
-
-def test_a_look_up_that_hangs_is_given_up(heap, config, short_deadline, monkeypatch):
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.invalid:80")
-
-    def hang(*_: object, **__: object) -> None:
-        heap.is_over.wait()
-
-    monkeypatch.setattr(socket, "getaddrinfo", hang)
+def test_after_two_seconds_a_look_up_is_given_up(heap, config, short_deadline, patch):
+    patch.setenv("HTTPS_PROXY", "http://proxy.invalid:80")
+    patch.setattr(socket, "getaddrinfo", lambda *_, **__: heap.is_over.wait())
     assert send_telemetry_event("x") is False
     assert (config / "telemetry.backoff").exists()
 
 
-@posix
-def test_certificates_that_hang_are_given_up(
-    heap, config, short_deadline, hanging_certificates
-):
+def test_a_post_that_was_given_up_after_two_seconds_ends_by_itself(heap, patch):
+    patch.setattr(kedro_telemetry, "DEADLINE", 0.2)
+    heap.mode = "hang"
+    before = set(threading.enumerate())
     assert send_telemetry_event("x") is False
-    assert (config / "telemetry.backoff").exists()
+    for thread in set(threading.enumerate()) - before:
+        if thread.daemon:
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(
     ("age", "is_sent"),
-    [
-        (0, False),
-        (HOUR - 60, False),
-        (HOUR + 60, True),
-        (60 - HOUR, False),
-        (-HOUR - 60, True),
-    ],
+    [(0, False), (HOUR - 60, False), (HOUR + 60, True), (60 - HOUR, False)],
 )
 def test_a_back_off_lasts_an_hour(age, is_sent, heap, config):
     """A file server's clock may be ahead."""
     start = time.time() - age
     os.utime(write(config / "telemetry.backoff", ""), (start, start))
-    assert send_telemetry_event("x") is is_sent
-    assert bool(heap.connections) is is_sent
+    assert send_telemetry_event("x") is bool(heap.connections) is is_sent
 
 
-def test_an_old_stamp_is_renewed(heap, config, short_deadline):
+def test_an_old_back_off_is_renewed(heap, config, short_deadline):
     """Also one of root's, which nobody else may change."""
     stamp = write(config / "telemetry.backoff", "")
     os.utime(stamp, (1, 1))
     stamp.chmod(0o444)
-    keep = config / "keep"
-    os.link(stamp, keep)
+    os.link(stamp, config / "keep")
     heap.mode = "hang"
     send_telemetry_event("x")
-    assert abs(time.time() - stamp.stat().st_mtime) < 60
-    assert keep.stat().st_mtime == 1
+    assert time.time() - stamp.stat().st_mtime < HOUR
+    assert (config / "keep").stat().st_mtime == 1
 
 
-def a_file_as_folder(config: Path) -> None:
-    write(config, "a file")
-
-
-def a_folder_as_stamp(config: Path) -> None:
-    (config / "telemetry.backoff").mkdir(parents=True)
-    os.utime(config / "telemetry.backoff", (1, 1))
-
-
-def no_folder_at_all(config: Path) -> None:
-    for name in HOME_VARIABLES:
-        os.environ[name] = "nowhere"
-
-
-@pytest.mark.parametrize(
-    "trouble", [a_file_as_folder, a_folder_as_stamp, no_folder_at_all]
-)
-def test_where_no_stamp_can_be_stored_each_process_waits_once(
-    trouble, heap, config, short_deadline, monkeypatch
-):
+@pytest.mark.parametrize("trouble", [no_folder, no_home])
+def test_without_a_file_a_process_backs_off(trouble, heap, config, patch):
+    patch.setattr(kedro_telemetry, "DEADLINE", 0.3)
     heap.mode = "hang"
     trouble(config)
-    for _ in range(2):
-        assert send_telemetry_event("x") is False
-    assert len(heap.connections) == 1
+    assert send_telemetry_event("x") is False
     heap.mode = "200"
+    patch.setattr(kedro_telemetry, "DEADLINE", 20.0)
+    assert send_telemetry_event("x") is False
     hour_ago = kedro_telemetry._Post.back_off_start - HOUR - 60
-    monkeypatch.setattr(kedro_telemetry._Post, "back_off_start", hour_ago)
-    monkeypatch.setattr(kedro_telemetry, "DEADLINE", 20.0)
+    patch.setattr(kedro_telemetry._Post, "back_off_start", hour_ago)
     assert send_telemetry_event("x") is True
 
 
-def test_a_post_that_is_given_up_ends_by_itself(heap, monkeypatch):
-    monkeypatch.setattr(kedro_telemetry, "DEADLINE", 0.2)
-    heap.mode = "hang"
-    before = set(threading.enumerate())
-    assert send_telemetry_event("x") is False
-    (left,) = [x for x in set(threading.enumerate()) - before if x.daemon]
-    left.join(10)
-    assert not left.is_alive()
-
-
-def test_a_process_ends_while_its_post_still_hangs(heap):
-    heap.mode = "drip"
-    start = time.monotonic()
-    done = run_python("-m", "kedro", "--version")
-    assert (done.returncode, done.stderr) == (0, kedro_telemetry.NOTICE + "\n")
-    assert 2 < time.monotonic() - start < 20
-
-
 def test_the_thread_of_a_post_imports_nothing(heap):
+    """A module that it loads while Python shuts down can abort the process."""
     code = """
     import sys, threading
     from kedro_telemetry import send_telemetry_event
@@ -2744,33 +2506,33 @@ SIGNALS = [
 
 @posix
 @pytest.mark.parametrize(("name", "handler", "raised"), SIGNALS)
-def test_what_a_signal_raises_ends_a_session_that_waits(
-    name, handler, raised, project, heap, on_signal
+@pytest.mark.parametrize("waiting", ["session", "command"])
+def test_what_a_signal_raises_ends_the_wait(
+    waiting, name, handler, raised, project, heap, on_signal
 ):
+    """After a command, Ctrl-C ends only the wait: the command itself has ended."""
     heap.signal = getattr(signal, name)
     heap.mode = "hang"
-    on_signal(heap.signal, handler)
-    with pytest.raises(raised):
-        load_catalogs(project)
+    on_signal(heap.signal, handler)  # a shell may have it ignored
+    hook = kedro_telemetry.telemetry_hook
+    is_over = waiting == "command" and raised is KeyboardInterrupt
+    with contextlib.nullcontext() if is_over else pytest.raises(raised):
+        if waiting == "session":
+            load_catalogs(project)
+        else:
+            hook.before_command_run(None, ["info"])
+            hook.after_command_run()
     assert len(heap.connections) == 1
 
 
 @posix
-def test_ctrl_c_after_a_command_ends_the_wait_only(project, heap, on_signal):
-    heap.signal = signal.SIGINT
-    heap.mode = "hang"
-    on_signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
-    assert run("info").exit_code == 0
-    assert len(heap.connections) == 1
-
-
-@posix
-@pytest.mark.parametrize(("deadline", "is_remembered"), [(20.0, False), (0.4, True)])
-def test_a_wait_that_ctrl_c_ends_late_starts_the_back_off(
-    deadline, is_remembered, heap, config, on_signal, monkeypatch
+@pytest.mark.parametrize(("deadline", "is_remembered"), [(20.0, False), (2.0, True)])
+def test_a_wait_that_a_signal_ends_late_is_remembered(
+    deadline, is_remembered, heap, config, on_signal, patch
 ):
-    """The signal comes after 0.2 seconds, and late is a quarter of the deadline."""
-    monkeypatch.setattr(kedro_telemetry, "DEADLINE", deadline)
+    """Late is after a quarter of the deadline."""
+    patch.setattr(kedro_telemetry, "DEADLINE", deadline)
+    heap.signal_delay = 0.6
     heap.signal = signal.SIGALRM
     heap.mode = "hang"
     on_signal(heap.signal, time_out)
@@ -2780,21 +2542,7 @@ def test_a_wait_that_ctrl_c_ends_late_starts_the_back_off(
 
 
 @posix
-@pytest.mark.parametrize(("name", "handler", "raised"), SIGNALS[1:])
-def test_another_signal_after_a_command_is_the_users(
-    name, handler, raised, heap, on_signal
-):
-    heap.signal = getattr(signal, name)
-    heap.mode = "hang"
-    on_signal(heap.signal, handler)
-    hook = kedro_telemetry.telemetry_hook
-    hook.before_command_run(None, ["info"])
-    with pytest.raises(raised):
-        hook.after_command_run()
-
-
-@posix
-def test_a_connection_that_is_closed_ends_no_process(heap):
+def test_the_signal_of_a_closed_connection_ends_no_process(heap):
     """A second write to a connection that FIN has ended raises SIGPIPE."""
     heap.mode = "close"
     code = """
@@ -2809,294 +2557,175 @@ def test_a_connection_that_is_closed_ends_no_process(heap):
 
 
 @pytest.mark.parametrize("name", ["SIGPIPE", "pthread_sigmask"])
-def test_windows_has_no_such_signal(name, heap, monkeypatch):
-    monkeypatch.delattr(signal, name, raising=False)
+def test_windows_has_no_such_signal(name, heap, patch):
+    patch.delattr(signal, name, raising=False)
     assert send_telemetry_event("x") is True
 
 
-# Trust: all that the platform trusts
+# Certificates: all that the platform trusts, and nothing else
 
 FOLDERS = {
     "nothing": {},
     "heap": {HASH_LINK: HEAP_CERTIFICATE},
     "another": {"00000000.0": ""},
-    "broken": {HASH_LINK: "no certificate"},
     "names": {"heap.pem": HEAP_CERTIFICATE, "8bd8b012.pem": HEAP_CERTIFICATE},
-    "bundle alone": {"ca-certificates.crt": HEAP_CERTIFICATE},
-    "Debian": {
-        HASH_LINK: HEAP_CERTIFICATE,
-        "ca-certificates.crt": HEAP_CERTIFICATE,
-    },
-    # `cat company.pem >> ca-certificates.crt` beside the link of Debian's ssl-cert
-    "appended": {"00000000.0": "", "ca-certificates.crt": HEAP_CERTIFICATE},
 }
-
-
-class Trust(NamedTuple):
-    """SSL_CERT_FILE, SSL_CERT_DIR and the bundle of certifi, if it is installed."""
-
-    file: str
-    folder: str
-    certifi: str | None = None
+BROKEN_CERTIFICATE = HEAP_CERTIFICATE.replace("M", "N", 1)
 
 
 @pytest.fixture
-def set_trust(tmp_path, monkeypatch) -> Callable[[Trust], None]:
-    """The function that lays out certificates in folders and sets the variables."""
+def certificates(tmp_path, patch) -> Path:
+    """The current directory, with files and folders of certificates."""
     write(tmp_path / "empty.pem", "")
+    write(tmp_path / "broken.pem", BROKEN_CERTIFICATE + HEAP_CERTIFICATE)
+    write(tmp_path / "intermediate.pem", INTERMEDIATE_CERTIFICATE)
     for folder, contents in FOLDERS.items():
         (tmp_path / folder).mkdir()
         for name, text in contents.items():
             write(tmp_path / folder / name, text)
-    monkeypatch.chdir(tmp_path)
-
-    def set_trust(trust: Trust) -> None:
-        monkeypatch.setenv("SSL_CERT_FILE", trust.file)
-        monkeypatch.setenv("SSL_CERT_DIR", trust.folder)
-        module = SimpleNamespace(
-            where=Mock(return_value=trust.certifi), __spec__=Mock()
-        )
-        monkeypatch.setitem(sys.modules, "certifi", module if trust.certifi else None)
-
-    return set_trust
+    patch.chdir(tmp_path)
+    return tmp_path
 
 
 @posix
 @pytest.mark.parametrize(
-    ("trust", "is_trusted", "connections"),
+    ("file", "folder", "is_trusted", "connections"),
     [
-        (Trust("heap.pem", "nothing"), True, 1),
-        (Trust("heap.pem", "another"), True, 2),
-        (Trust("heap.pem", "broken"), True, 2),
-        (Trust("heap.pem", "gone"), True, 1),
-        (Trust("heap.pem", "nothing:another"), True, 1),
-        (Trust("empty.pem", "nothing"), False, 1),
-        (Trust("empty.pem", "another"), False, 2),
-        (Trust("empty.pem", "heap"), True, 1),
-        (Trust("empty.pem", "names"), False, 1),
-        (Trust("", "heap"), True, 1),
-        (Trust("", "nothing"), False, 1),
-        (Trust("", "nothing", "heap.pem"), True, 1),
-        (Trust("", "names", "heap.pem"), True, 1),
-        (Trust("", "another", "heap.pem"), False, 2),
-        (Trust("empty.pem", "nothing", "heap.pem"), False, 1),
-        (Trust("gone.pem", "nothing", "heap.pem"), False, 1),
-        (Trust("Debian/ca-certificates.crt", "Debian"), True, 1),
-        (Trust("bundle alone/ca-certificates.crt", "bundle alone"), True, 1),
-        (Trust("appended/ca-certificates.crt", "appended"), True, 2),
+        ("heap.pem", "nothing", True, 1),
+        ("heap.pem", "gone", True, 1),
+        ("broken.pem", "gone", True, 1),
+        ("heap.pem", "another", True, 2),
+        ("empty.pem", "heap", True, 1),
+        ("empty.pem", "another:heap", True, 1),
+        ("", "heap", True, 1),
+        ("empty.pem", "names", False, 1),
+        ("empty.pem", "nothing", False, 1),
+        ("empty.pem", "another", False, 2),
+        ("gone.pem", "nothing", False, 1),
     ],
-    ids=str,
 )
-def test_whom_to_trust(trust, is_trusted, connections, set_trust, heap):
-    set_trust(trust)
+def test_a_certificate_is_verified_by_all_that_is_trusted(
+    file, folder, is_trusted, connections, certificates, heap, patch
+):
+    patch.setenv("SSL_CERT_FILE", file)
+    patch.setenv("SSL_CERT_DIR", folder)
     assert send_telemetry_event("x") is is_trusted
     assert len(heap.connections) == connections
     assert len(heap.events) == is_trusted
 
 
-@posix
-def test_where_the_folder_is_enough_no_bundle_is_read(set_trust, heap, monkeypatch):
-    set_trust(Trust("heap.pem", "Debian"))
-    read = Mock(side_effect=AssertionError)
-    monkeypatch.setattr(ssl.SSLContext, "load_default_certs", read)
-    assert send_telemetry_event("x") is True
-
-
-@posix
-def test_where_truststore_asks_the_system_certifi_is_not_added(
-    set_trust, heap, monkeypatch
-):
-    set_trust(Trust("", "nothing", "heap.pem"))
-    monkeypatch.setattr(
-        ssl.SSLContext, "cert_store_stats", Mock(side_effect=NotImplementedError)
-    )
-    assert send_telemetry_event("x") is False
-    monkeypatch.setenv("SSL_CERT_FILE", "heap.pem")
-    assert send_telemetry_event("x") is True
-
-
-def test_a_folder_that_cannot_be_listed_is_none(heap, tmp_path, monkeypatch):
-    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
-    monkeypatch.setattr(os, "listdir", Mock(side_effect=PermissionError))
-    assert send_telemetry_event("x") is True
-
-
-def test_a_certificate_that_nobody_trusts_is_refused_and_logged(
-    heap, log, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("SSL_CERT_FILE", str(write(tmp_path / "empty.pem", "")))
-    monkeypatch.setitem(sys.modules, "certifi", None)
-    assert send_telemetry_event("x") is False
-    assert log.messages[0].endswith("}: SSLCertVerificationError")
-    assert heap.events == []
-
-
-# Files: whole at any time, and only changed if they are still what was read
-
-
-@posix
-def test_mode_owner_and_links_of_a_file_stay(new_project, tmp_path):
-    path = tmp_path / "elsewhere.toml"
-    (new_project / "pyproject.toml").rename(path)
-    (new_project / "pyproject.toml").symlink_to(path)
-    path.chmod(0o640)
-    if os.geteuid() == 0:
-        os.chown(path, 1234, 5678)
-    before = path.stat()
-    assert "project_id" in base_properties(new_project)
-    assert (new_project / "pyproject.toml").is_symlink()
-    assert "project_id" in path.read_text()
-    for name in ("st_mode", "st_uid", "st_gid"):
-        assert getattr(path.stat(), name) == getattr(before, name)
-
-
-def test_the_time_of_the_last_change_is_now(new_project):
-    path = new_project / "pyproject.toml"
-    os.utime(path, (1, 1))
-    assert "project_id" in base_properties(new_project)
-    assert time.time() - path.stat().st_mtime < 60
-
-
-@pytest.mark.skipif(not hasattr(os, "setxattr"), reason="Linux has extended attributes")
-def test_extended_attributes_of_a_file_stay(new_project):
-    path = new_project / "pyproject.toml"
-    try:
-        os.setxattr(path, "user.note", b"mine")
-    except OSError:
-        pytest.skip("this file system has no extended attributes")
-    assert "project_id" in base_properties(new_project)
-    assert os.getxattr(path, "user.note") == b"mine"
-
-
-REFUSED = Mock(side_effect=PermissionError(1, "Operation not permitted"))
-
-
-def test_the_mode_of_a_file_stays_where_a_drive_refuses_a_time(
-    new_project, monkeypatch
-):
-    path = new_project / "pyproject.toml"
-    path.chmod(0o600)
-    monkeypatch.setattr(os, "utime", REFUSED)
-    assert "project_id" in base_properties(new_project)
-    assert path.stat().st_mode & 0o777 == 0o600
-
-
-@pytest.mark.parametrize("call", ["chown", "chmod", "utime"])
-def test_a_mounted_drive_may_refuse_what_need_not_change(
-    call, new_project, config, monkeypatch
-):
-    """WSL's and Azure Files' do."""
-    write(config / ".telemetry", YES)
-    monkeypatch.setattr(os, call, REFUSED, raising=False)
-    assert "project_id" in base_properties(new_project)
-    assert run("telemetry disable").exit_code == 0
-    assert (config / ".telemetry").read_text() == NO
-
-
-@pytest.mark.skipif(
-    os.name != "posix" or os.geteuid() != 0, reason="only root can give files away"
+@pytest.mark.parametrize(
+    ("variable", "bundle", "asks_system", "is_trusted"),
+    [
+        (None, "gone.pem", False, True),
+        (None, "intermediate.pem", False, False),
+        ("SSL_CERT_FILE", "gone.pem", False, False),
+        ("SSL_CERT_DIR", "gone.pem", False, False),
+        (None, "gone.pem", True, False),
+        (None, "heap.pem", True, True),
+    ],
 )
-def test_a_file_whose_owner_cannot_be_kept_stays_as_it_is(new_project, monkeypatch):
-    path = new_project / "pyproject.toml"
-    os.chown(path, 1234, 5678)
-    before = files(new_project)
-    monkeypatch.setattr(os, "chown", REFUSED)
-    assert "project_id" not in base_properties(new_project)
-    assert files(new_project) == before
+def test_a_certificate_is_verified_by_certifi_in_need(
+    variable, bundle, asks_system, is_trusted, certificates, heap, patch
+):
+    """As by a Python from python.org on macOS, until its user installs authorities.
+
+    truststore asks the system, and cannot say how many it trusts.
+    """
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        patch.delenv(name)
+    if variable:
+        patch.setenv(variable, "nothing")
+    if asks_system:
+        error = Mock(side_effect=NotImplementedError)
+        patch.setattr(ssl.SSLContext, "cert_store_stats", error)
+    paths = SimpleNamespace(openssl_cafile=bundle, openssl_capath="gone")
+    patch.setattr(ssl, "get_default_verify_paths", Mock(return_value=paths))
+    certifi = SimpleNamespace(where=lambda: "heap.pem", __spec__=Mock())
+    patch.setitem(sys.modules, "certifi", certifi)
+    assert send_telemetry_event("x") is is_trusted
 
 
-# A file is read again when its copy is on the disk, just before it is replaced. So
-# what these tests do in `os.fsync`, which writes the copy, happens in between.
+def test_a_certificate_needs_no_root_authority(certificates, heap, patch):
+    """Python's own default refuses it before 3.13, and one like Zscaler's after."""
+    chain = CHAIN_CERTIFICATES + HEAP_PEM.partition(END)[2]
+    heap.tls.load_cert_chain(write(certificates / "chain.pem", chain))
+    patch.setenv("SSL_CERT_FILE", "intermediate.pem")
+    assert send_telemetry_event("x") is True, (
+        "An authority that is not a root, or not marked critical, must be enough: see "
+        "VERIFY_X509_PARTIAL_CHAIN and VERIFY_X509_STRICT."
+    )
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_what_cannot_be_replaced_stays_whole(call, new_project, heap, monkeypatch):
-    """As on a full disk, or on Windows while another program has the file open."""
-    monkeypatch.setattr(os, call, REFUSED)
-    before = files(new_project)
-    run("registry list")
-    assert files(new_project) == before
-    assert "project_id" not in heap.properties
+@posix
+def test_a_certificate_in_the_folder_is_enough(certificates, heap, patch):
+    os.mkfifo("pipe.pem")  # which a reader would wait for
+    patch.setenv("SSL_CERT_DIR", "heap")
+    patch.setenv("SSL_CERT_FILE", "pipe.pem")
+    assert send_telemetry_event("x") is True
 
 
-def test_a_read_only_file_stays_as_it_is(new_project, heap):
-    (new_project / "pyproject.toml").chmod(0o444)
-    before = files(new_project)
-    run("registry list")
-    assert files(new_project) == before
-    assert "project_id" not in heap.properties
+@posix
+@pytest.mark.parametrize(
+    ("variable", "pipe", "loaded_before"),
+    [
+        ("SSL_CERT_FILE", "pipe.pem", ["capath"]),
+        ("SSL_CERT_DIR", "slow/00000000.0", []),
+    ],
+)
+def test_a_certificate_on_slow_storage_waits_in_python(
+    variable, pipe, loaded_before, certificates, heap, short_deadline, patch
+):
+    """A thread that is inside OpenSSL when the process ends can crash it."""
+    loaded = []
 
+    def load(_: object, cafile: object = None, **place: object) -> None:
+        loaded.extend(place or ["cafile"])
 
-@pytest.mark.parametrize("edit", ["", "# mine\n"], ids=["emptied", "edited"])
-def test_an_edit_that_somebody_makes_meanwhile_stays(edit, new_project, monkeypatch):
-    path = new_project / "pyproject.toml"
-    before = set(files(new_project))
-
-    def edit_meanwhile(_: int) -> None:
-        path.write_text(edit)
-
-    monkeypatch.setattr(os, "fsync", edit_meanwhile)
-    base_properties(new_project)
-    assert path.read_text() == edit
-    assert set(files(new_project)) == before, "A temporary file is left."
-
-
-def test_the_temporary_file_is_beside_the_file_and_hidden(new_project, monkeypatch):
-    names = []
-
-    def look_around(_: int) -> None:
-        names.extend(os.listdir(new_project))
-
-    monkeypatch.setattr(os, "fsync", look_around)
-    base_properties(new_project)
-    (name,) = set(names) - set(os.listdir(new_project))
-    assert re.fullmatch(r"\.pyproject\.toml\.[0-9a-f]{16}", name)
-
-
-def test_a_file_that_somebody_makes_meanwhile_stays(config, monkeypatch):
-    path = config / "telemetry.toml"
-    text = f'[telemetry]\nuuid = "{IDENTITY}"\n'
-
-    def write_meanwhile(_: int) -> None:
-        path.write_text(text)
-
-    monkeypatch.setattr(os, "fsync", write_meanwhile)
-    assert kedro_telemetry._get_or_create_uuid() == IDENTITY
-    assert path.read_text() == text
+    patch.setattr(ssl.SSLContext, "load_verify_locations", load)
+    patch.setattr(ssl.SSLContext, "load_default_certs", load)
+    (certificates / "slow").mkdir()
+    os.mkfifo(pipe)
+    patch.setenv(variable, pipe.removesuffix("/00000000.0"))
+    before = set(threading.enumerate())
+    assert send_telemetry_event("x") is False
+    storage = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    os.write(storage, HEAP_CERTIFICATE.encode())  # when the wait is over
+    os.close(storage)
+    for thread in set(threading.enumerate()) - before:
+        if thread.daemon:
+            thread.join(10)
+    assert loaded == loaded_before, (
+        "OpenSSL reads certificates that Python has not read before, or after the wait."
+    )
 
 
 # The commands: kedro telemetry
 
-
-def test_status_shows_a_new_user_all_there_is(new_project, config, heap, capfd):
-    before = files(new_project.parent)
-    done = run("telemetry status")
-    assert done.output == run("telemetry").output
-    assert (done.exit_code, files(new_project.parent)) == (0, before)
-    assert done.output.splitlines() == [
-        "Telemetry:   on here",
-        "Reason:      on by default: no opt-out and no opt-in found",
-        "Identity:    none yet",
-        f"             {config / 'telemetry.toml'}",
-        "Project id:  none yet",
-        f"             {new_project / 'pyproject.toml'}",
-        "Endpoint:    https://heapanalytics.com/api/track",
-        "",
-        "See an event without sending it:  KEDRO_TELEMETRY_DEBUG=1 kedro info",
-        "Opt out for all your projects:    kedro telemetry disable",
-        "Opt out for this project alone:   write the line `consent: false`",
-        "                                  into the file .telemetry in its root",
-        f"Read more:  {kedro_telemetry.DOCUMENTATION}",
-    ]
-    assert (heap.connections, capfd.readouterr()) == ([], ("", ""))
+STATUS_HELP = """
+See an event without sending it:  KEDRO_TELEMETRY_DEBUG=1 kedro info
+Opt out for all your projects:    kedro telemetry disable
+Opt in for all your projects:     kedro telemetry enable
+Opt out for one project alone:    write the line `consent: false`
+                                  into the file .telemetry in its root
+Read more:  https://docs.kedro.org/en/stable/about/telemetry/
+"""
 
 
-def test_status_offers_to_opt_in_where_telemetry_is_off(project, monkeypatch):
-    write(project / ".telemetry", NO)
-    output = run("telemetry").output
-    assert "Opt in for all your projects:     kedro telemetry enable\n" in output
-    assert "Opt out for all" not in output
-    assert "Opt out for this project alone:   write the line" in output
+@pytest.mark.parametrize("line", ["telemetry", "telemetry status"])
+def test_status_shows_a_new_user_all(line, new_project, config, heap, tmp_path):
+    before = files(tmp_path)
+    done = run(line)
+    assert (done.exit_code, files(tmp_path), heap.connections) == (0, before, [])
+    assert done.output == (
+        "Telemetry:   on here\n"
+        "Reason:      on by default: no opt-out and no opt-in found\n"
+        "Identity:    none yet\n"
+        f"             {config / 'telemetry.toml'}\n"
+        "Project id:  none yet\n"
+        f"             {new_project / 'pyproject.toml'}\n"
+        f"Endpoint:    https://heapanalytics.com/api/track\n{STATUS_HELP}"
+    )
 
 
 def test_status_shows_ids_and_how_long_posts_pause(project, config, known_user):
@@ -3105,146 +2734,138 @@ def test_status_shows_ids_and_how_long_posts_pause(project, config, known_user):
     output = run("telemetry").output
     assert f"Identity:    {IDENTITY}\n" in output
     assert f"Project id:  {PROJECT_ID} (sent as a hash)\n" in output
-    assert f"Paused:      until {end}, as Heap did not answer in time\n" in output
+    pause = f"Paused:      until {end}, because Heap did not answer in time\n"
+    assert output.endswith(pause + STATUS_HELP)
 
 
-@pytest.mark.parametrize("line", ["telemetry", "telemetry enable", "telemetry disable"])
-@pytest.mark.parametrize("is_denied", [True, False])
-def test_messages_fit_into_80_columns_except_for_paths(
-    line, is_denied, project, config, monkeypatch
-):
-    write(config / "telemetry.backoff", "")
-    if is_denied:
-        write(project / ".telemetry", NO)
-    for make_it_fail in (False, True):
-        if make_it_fail:
-            monkeypatch.setattr(os, "replace", REFUSED)
-        for text in run(line).output.splitlines():
-            assert len(text) <= 80 or Path(text.strip()).is_absolute(), text
-
-
-def test_status_on_a_CI_machine_promises_no_ids(new_project, monkeypatch):
-    monkeypatch.setenv("CI", "true")
+@pytest.mark.parametrize("variable", ["CI", "KEDRO_TELEMETRY_DEBUG"])
+def test_status_promises_no_ids_that_are_not_made(variable, new_project, patch):
+    patch.setenv(variable, "true")
     output = run("telemetry").output
     assert "Identity:    none\n" in output
     assert "Project id:  none\n" in output
 
 
-def test_status_outside_of_projects_shows_no_project(config):
-    (config / "pyproject.toml").mkdir(parents=True)  # which makes no project
-    done = run("telemetry")
-    assert (done.exit_code, "Project id" in done.output) == (0, False)
+def test_status_without_a_project_or_a_home_folder_names_no_file(config):
+    no_home(config)
+    output = run("telemetry").output
+    assert "Identity:    none, because there is no home folder\nEndpoint:" in output
 
 
-def test_status_loads_no_pipelines(project):
-    write(project / PIPELINES, "raise SystemExit(5)")
-    assert run("telemetry").exit_code == 0
-
-
-def test_status_shows_why_telemetry_is_off(denied, monkeypatch):
+def test_status_shows_why_telemetry_is_off(denied, patch):
     here = Path.cwd()
-    monkeypatch.chdir(denied.project)  # where Kedro 0.18 finds the project
+    patch.chdir(denied.project)  # where Kedro 0.18 finds the project
     cli = kedro_cli.KedroCLI(denied.project)
-    monkeypatch.chdir(here)
+    patch.chdir(here)
     output = CliRunner().invoke(cli, ["telemetry"]).output
-    reason = denied.reason.replace("\n", "\n             ")
+    reason = denied.if_loaded.replace("\n", "\n             ")
     assert output.startswith(f"Telemetry:   off here\nReason:      {reason}\n")
 
 
+def lines(*parts: object) -> str:
+    return "".join(f"{part}\n" for part in parts)
+
+
+OPTED = {
+    "enable": "You have opted in to telemetry for all your projects.",
+    "disable": "You have opted out of telemetry for all your projects.",
+}
+# What follows a decision to opt out, and a failure to save one
+OLD_RELEASES = (
+    "Versions of kedro-telemetry before 1.0 ignore it.",
+    "To opt out of those as well, set DO_NOT_TRACK=1 in your environment.",
+)
+ADVICE = "To opt out instead, set DO_NOT_TRACK=1 in your environment."
+
+
 @pytest.mark.parametrize("word", ["disable", "off"])
-def test_disable_opts_out_for_all_projects(word, project, config, heap):
-    file = config / ".telemetry"
+def test_disable_opts_out_for_all_projects(word, project, decisions, heap):
     done = run(f"telemetry {word}")
-    assert (done.exit_code, file.read_text()) == (0, "consent: false\n")
-    assert done.output == (
-        "You have opted out of telemetry for all your projects.\n"
-        f"This is saved in\n{file}\n"
-        "Versions of kedro-telemetry before 1.0 do not read this file.\n"
-        "To opt out of those as well, set DO_NOT_TRACK=1 in your environment.\n"
-    )
+    assert (done.exit_code, {x.read_text() for x in decisions}) == (0, {NO})
+    saved = (OPTED["disable"], "Saved to:", *decisions, *OLD_RELEASES)
+    assert done.output == lines(*saved)
     run("info")
     assert heap.connections == []
 
 
 @pytest.mark.parametrize("word", ["enable", "on"])
-def test_enable_opts_in_for_all_projects(word, project, config, heap):
-    file = write(config / ".telemetry", "consent: false\n")
+def test_enable_opts_in_for_all_projects(word, project, decisions, heap):
+    for file in decisions:
+        write(file, NO)
     done = run(f"telemetry {word}")
-    assert (done.exit_code, file.read_text()) == (0, "consent: true\n")
-    assert done.output == (
-        "You have opted in to telemetry for all your projects.\n"
-        f"This is saved in\n{file}\n"
-    )
-    reason = f"Reason:      this file grants consent:\n             {file}\n"
+    assert (done.exit_code, {x.read_text() for x in decisions}) == (0, {YES})
+    assert done.output == lines(OPTED["enable"], "Saved to:", *decisions)
+    reason = f"Reason:      this file grants consent:\n             {decisions[0]}\n"
     assert reason in run("telemetry").output
-    assert kedro_telemetry.NOTICE not in run("info").output
+    assert NOTICE not in run("info").output
     assert heap.commands == ["kedro info"]
 
 
 def test_enable_says_where_telemetry_stays_off(project):
-    write(project / ".telemetry", NO)
-    shown = "Telemetry stays off here, as this file denies consent:\n"
-    assert run("telemetry enable").output.endswith(f"{shown}{project}/.telemetry\n")
+    file = write(project / ".telemetry", NO)
+    shown = "Telemetry stays off here, because this file denies consent:"
+    assert run("telemetry enable").output.endswith(lines(shown, file))
 
 
-ADVICE = "\nTo opt out instead, set DO_NOT_TRACK=1 in your environment."
+@linux
+@pytest.mark.parametrize("variable", ["XDG_CONFIG_HOME", "HOME"])
+def test_a_decision_survives_a_change_of_variables(variable, project, heap, patch):
+    """As tox, cron and VS Code from Flatpak start them."""
+    run("telemetry disable")
+    patch.setenv(variable, "/nowhere")
+    run("info")
+    assert heap.connections == []
 
 
-@pytest.mark.parametrize(("word", "advice"), [("enable", ""), ("disable", ADVICE)])
-def test_without_a_home_folder_a_decision_cannot_be_saved(word, advice, no_home):
-    done = run(f"telemetry {word}")
-    shown = f"Nothing has changed\nReason: there is no home folder{advice}\n"
-    assert (done.exit_code, done.output) == (1, f"Error: {shown}")
-
-
-def a_read_only_decision(file: Path) -> None:
-    write(file, YES).chmod(0o444)
-
-
-def a_folder_as_decision(file: Path) -> None:
-    file.mkdir(parents=True)
-
-
-def a_file_as_its_folder(file: Path) -> None:
-    write(file.parent, "")
-
-
+@pytest.mark.parametrize(("word", "advice"), [("enable", ()), ("disable", (ADVICE,))])
 @pytest.mark.parametrize(
     ("trouble", "reason"),
     [
-        (a_read_only_decision, "read-only"),
-        (a_folder_as_decision, "not a file, or too large"),
-        pytest.param(a_file_as_its_folder, "File exists", marks=posix),
+        (lambda file: write(file, YES).chmod(0o444), "read-only"),
+        (lambda file: file.mkdir(parents=True), "not a file, or too large"),
+        pytest.param(lambda file: write(file.parent, ""), "File exists", marks=posix),
     ],
+    ids=["read-only", "a folder", "no folder"],
 )
 def test_a_decision_that_cannot_be_saved_changes_nothing(
-    trouble, reason, config, tmp_path
+    word, advice, trouble, reason, decisions, tmp_path
 ):
-    file = config / ".telemetry"
-    trouble(file)
-    before = set(files(tmp_path))
+    failures = []
+    for file in decisions:
+        trouble(file)
+        failures += [file, f"Reason: {reason}"]
+    before = files(tmp_path)
+    done = run(f"telemetry {word}")
+    shown = "Error: Nothing has changed."
+    assert (done.exit_code, done.output) == (
+        1,
+        lines(shown, "Could not save to:", *failures, *advice),
+    )
+    after = files(tmp_path)
+    assert {x for x in after if x.is_file() and before.get(x) != after[x]} == set()
+
+
+@pytest.mark.parametrize(("word", "advice"), [("enable", ()), ("disable", (ADVICE,))])
+def test_without_a_home_folder_a_decision_cannot_be_saved(word, advice, config):
+    no_home(config)
+    done = run(f"telemetry {word}")
+    shown = "Error: Nothing has changed, because there is no home folder."
+    assert (done.exit_code, done.output) == (1, lines(shown, *advice))
+
+
+@linux
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_decision_that_one_of_two_folders_takes_is_saved_there(failing, decisions):
+    good, bad = decisions[1 - failing], decisions[failing]
+    bad.mkdir(parents=True)
     done = run("telemetry disable")
-    shown = f"Nothing has changed, as this file cannot be written:\n{file}\n"
-    shown += f"Reason: {reason}{ADVICE}\n"
-    assert (done.exit_code, done.output) == (1, f"Error: {shown}")
-    assert set(files(tmp_path)) == before
-    assert not file.is_file() or file.read_text() == YES
+    assert (done.exit_code, good.read_text()) == (0, NO)
+    failed = ("Could not save to:", bad, "Reason: not a file, or too large")
+    shown = (OPTED["disable"], "Saved to:", good, *failed, *OLD_RELEASES)
+    assert done.output == lines(*shown)
 
 
-def test_an_error_names_the_file_that_the_user_knows(config, monkeypatch):
-    error = PermissionError(13, "Permission denied", f"{config}/.temporary")
-    monkeypatch.setattr(os, "replace", Mock(side_effect=error))
-    shown = f"{config / '.telemetry'}\nReason: Permission denied\n"
-    assert run("telemetry enable").output.endswith(shown)
-
-
-def test_status_without_a_home_folder_names_no_file(no_home, user):
-    done = run("telemetry")
-    assert done.exit_code == 0
-    assert "Identity:    none, as there is no home folder\nEndpoint" in done.output
-
-
-@pytest.mark.parametrize("word", ["opt-out", "no", "stop", "status2", "disabel"])
+@pytest.mark.parametrize("word", ["opt-out", "stop", "disabel"])
 def test_a_guess_leads_to_the_commands(word):
     done = run(f"telemetry {word}")
     assert done.exit_code == 2
@@ -3255,33 +2876,36 @@ def test_a_guess_leads_to_the_commands(word):
     )
 
 
-def test_help_names_the_variables_and_the_documentation():
+def test_help_lists_three_commands_and_the_documentation(project):
     output = run("telemetry --help").output
-    documentation = kedro_telemetry.DOCUMENTATION
-    for words in ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY", documentation):
-        assert words in output
-    listed = output.partition("Commands:")[2]
-    commands = re.findall(r"^  ([a-z]+)", listed, re.MULTILINE)
-    assert commands == ["disable", "enable", "status"]
+    listed = re.findall(r"^  ([a-z]+)", output.partition("Commands:")[2], re.MULTILINE)
+    assert listed == ["disable", "enable", "status"]
+    assert kedro_telemetry.DOCUMENTATION in output
     assert max(map(len, output.splitlines())) <= 80
     assert run("telemetry -h").output == output
 
 
-def test_kedros_help_names_the_command(project, user, monkeypatch):
+@pytest.mark.parametrize("name", kedro_telemetry.OPT_OUT_VARIABLES)
+def test_help_names_each_variable_that_opts_out(name):
+    assert re.search(rf"\b{name}\b", run("telemetry --help").output), (
+        f"`kedro telemetry --help` does not name {name}: add it to the text of "
+        "`_telemetry` in the module."
+    )
+
+
+@pytest.mark.parametrize("place", ["project", "user"])
+def test_kedros_help_names_the_command(place, request, patch):
+    patch.chdir(request.getfixturevalue(place))
     line = r"^  telemetry +See whether telemetry is on"
-    assert re.search(line, run("--help").output, re.MULTILINE)
-    monkeypatch.chdir(user)
     assert re.search(line, run("--help").output, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
-    ("line", "exit_code"),
-    [("", 0), ("status", 0), ("enable", 0), ("--help", 0), ("nonsense", 2)],
+    ("line", "exit_code"), [("", 0), ("enable", 0), ("--help", 0), ("nonsense", 2)]
 )
 def test_the_command_itself_is_not_reported(line, exit_code, project, heap):
     done = run(f"telemetry {line}")
-    assert done.exit_code == exit_code
-    assert kedro_telemetry.NOTICE not in done.output
+    assert (done.exit_code, NOTICE in done.output) == (exit_code, False)
     assert heap.connections == []
 
 
@@ -3294,34 +2918,18 @@ cli = click.Group("mine", [telemetry])
 
 
 @since_kedro_0_19
-def test_a_projects_own_command_telemetry_comes_first(project, heap):
-    write(project / "src/spaceships/cli.py", OWN_TELEMETRY)
-    done = run_python("-m", "kedro", "telemetry")
-    assert done.stdout.endswith("a command of the same name\n")
-
-
-@since_kedro_0_19
-@pytest.mark.parametrize("group", ["global_commands", "project_commands"])
-def test_a_plugins_own_command_telemetry_comes_first_in_a_project(
-    group, project, tmp_path, heap
-):
-    site = tmp_path / "site"
-    write(site / "plug.py", OWN_TELEMETRY)
-    write(site / "plug-1.0.dist-info/METADATA", "Name: plug\nVersion: 1.0\n")
-    points = f"[kedro.{group}]\nplug = plug:cli\n"
-    write(site / "plug-1.0.dist-info/entry_points.txt", points)
-    path = os.pathsep.join([str(site), os.environ["PYTHONPATH"]])
+@pytest.mark.parametrize("owner", ["project", "global_commands", "project_commands"])
+def test_another_command_telemetry_comes_first(owner, project, tmp_path):
+    if owner == "project":
+        write(project / "src/spaceships/cli.py", OWN_TELEMETRY)
+    else:
+        info = tmp_path / "site/plug-1.0.dist-info"
+        write(tmp_path / "site/plug.py", OWN_TELEMETRY)
+        write(info / "METADATA", "Name: plug\nVersion: 1.0\n")
+        write(info / "entry_points.txt", f"[kedro.{owner}]\nplug = plug:cli\n")
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]])
     done = run_python("-m", "kedro", "telemetry", PYTHONPATH=path)
     assert done.stdout.endswith("a command of the same name\n")
-
-
-def test_where_the_command_cannot_be_added_the_others_work(monkeypatch, heap):
-    hook = kedro_telemetry.telemetry_hook
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "kedro.framework.cli", None)
-        hook.before_command_run(None, ["info"])
-    hook.after_command_run()
-    assert heap.commands == ["kedro info"]
 
 
 # A vendored copy: it takes the place of an installed release
@@ -3341,77 +2949,47 @@ def vendored(project) -> Path:
     return project
 
 
-@pytest.fixture
-def nothing_installed(monkeypatch) -> None:
-    """A process that has imported no kedro-telemetry, and an environment without it."""
-    for name in ("", ".plugin", ".api"):
-        monkeypatch.delitem(sys.modules, f"kedro_telemetry{name}")
-    monkeypatch.setattr(PluginManager, "load_setuptools_entrypoints", Mock())
-
-
 @pytest.mark.parametrize(
-    ("line", "command"), [("run --env local", "run --env *****"), ("info", "info")]
+    "words", [["kedro", "run"], ["kedro", "info"], []], ids=["run", "info", "a session"]
 )
-def test_a_vendored_copy_reports_in_place_of_an_installed_release(
-    line, command, vendored, heap
-):
+def test_a_vendored_copy_replaces_an_installed_release(words, vendored, heap):
     code = f"""
     import atexit, sys
     from kedro.framework.cli import main
-    sys.argv = ["kedro", *{line.split()}]
     atexit.register(lambda: print(
         sys.modules["kedro_telemetry.plugin"].__file__,
         sys.modules["kedro_telemetry.api"] is sys.modules["kedro_telemetry"],
     ))
-    main()
+    sys.argv = {words}
+    if sys.argv: main()
     """
-    done = run_python("-c", code)
-    assert heap.commands == [f"kedro {command}"]
+    done = run_python("-c", textwrap.dedent(code) + ("" if words else SESSION))
+    assert heap.commands == [" ".join(words) or None]
+    assert heap.project_ids == {SPACESHIPS}
     copied = vendored / "src/spaceships/kedro_telemetry.py"
     assert done.stdout.splitlines()[-1] == f"{copied} True"
 
 
-def test_beside_a_vendored_copy_a_session_is_reported_once(vendored, heap):
-    code = """
-    from pathlib import Path
-    from kedro.framework.session import KedroSession
-    from kedro.framework.startup import bootstrap_project
-    bootstrap_project(Path.cwd())
-    assert KedroSession.create().load_context().catalog
-    """
-    assert run_python("-c", code).returncode == 0
-    assert heap.commands == [None]
-    assert heap.project_ids == {SPACESHIPS}
-
-
 def test_a_vendored_copy_has_the_command(vendored):
-    done = run_python("-m", "kedro", "telemetry")
-    assert "Telemetry:   on here\n" in done.stdout
     write(vendored / SETTINGS, VENDORED_SETTINGS + "DO_NOT_TRACK = True\n")
     done = run_python("-m", "kedro", "telemetry")
     assert "Telemetry:   off here\nReason:      this file names DO_NOT" in done.stdout
 
 
-def test_without_an_installed_release_a_copy_reports_sessions(
-    vendored, heap, nothing_installed
-):
+def test_a_copy_alone_reports_sessions(vendored, heap, patch):
+    for name in ("", ".plugin", ".api"):
+        patch.delitem(sys.modules, f"kedro_telemetry{name}")
+    patch.setattr(PluginManager, "load_setuptools_entrypoints", Mock())
     load_catalogs(vendored)
     assert heap.commands == [None]
-    assert (
-        sys.modules["kedro_telemetry.plugin"].__name__ == "spaceships.kedro_telemetry"
-    )
+    copied = sys.modules["kedro_telemetry.plugin"]
+    assert copied.__name__ == copied.logger.name == "spaceships.kedro_telemetry"
 
 
 def test_a_copy_leaves_an_installed_release_at_work_as_it_is(vendored, heap):
     load_catalogs(vendored)
     assert sys.modules["kedro_telemetry.plugin"] is kedro_telemetry
     assert heap.commands == [None]
-
-
-def test_a_copy_logs_under_its_own_name(vendored, nothing_installed):
-    bootstrap_project(vendored)
-    copied = sys.modules["spaceships.kedro_telemetry"]
-    assert copied.logger.name == "spaceships.kedro_telemetry"
 
 
 # README: what it says is what happens
@@ -3422,23 +3000,18 @@ needs_readme = pytest.mark.skipif(
     not README, reason="README.md is not beside the tests"
 )
 
-# Kedro's documentation links to those that are questions, and to the policy.
-HEADINGS = [
-    "What is kedro-telemetry?",
-    "What data is being collected?",
-    "See what is sent",
-    "How is the data collected?",
-    "How do I withdraw consent?",
-    "What happens when I withdraw consent?",
-    "Opt in, and hide the notice",
-    "What licence do you use?",
-    "Python version support policy",
-    "What you can rely on",
-    "Vendor it",
-    "For plugin authors",
-    "Work on it",
-    "For the Kedro team: what changed from 0.9.0",
-]
+# Kedro's documentation links to these.
+HEADINGS = """
+What is kedro-telemetry?
+What data is being collected?
+How is the data collected?
+How do I withdraw consent?
+What happens when I withdraw consent?
+What licence do you use?
+Python version support policy
+"""
+COLLECTED = "What data is being collected?"
+WITHDRAW = "How do I withdraw consent?"
 
 
 def readme_section(heading: str) -> str:
@@ -3458,21 +3031,10 @@ def table_rows(heading: str) -> list[list[str]]:
     return [line.split(" | ") for line in lines[2:]]
 
 
-COLLECTED = "What data is being collected?"
-
-
 @needs_readme
 def test_links_from_kedros_documentation_find_their_headings():
-    assert re.findall(r"^## (.*)", README, re.MULTILINE) == HEADINGS
-
-
-@needs_readme
-def test_links_inside_README_find_their_headings():
-    headings = re.findall(r"^#+ (.*)", README, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", line).lower() for line in headings}
-    links = re.findall(r"\]\(#(.*?)\)", README)
-    assert links
-    assert set(links) <= {anchor.replace(" ", "-") for anchor in anchors}
+    headings = re.findall(r"^## (.*)", README, re.MULTILINE)
+    assert set(HEADINGS.strip().splitlines()) <= set(headings)
 
 
 def kinds_of_property(when: str) -> set[str]:
@@ -3483,7 +3045,7 @@ def kinds_of_property(when: str) -> set[str]:
         return {"command in a project", "session"}
     if when.startswith("for a command"):
         return {"command", "command in a project"}
-    assert when.startswith(("for a session", "where `number_of_pipelines`")), when
+    assert when.startswith("for a session"), when
     return {"session"}
 
 
@@ -3495,13 +3057,13 @@ def is_in_this_kedro(when: str) -> bool:
 @needs_readme
 @pytest.mark.parametrize("kind", ["command", "command in a project", "session"])
 def test_the_table_has_every_property_with_its_condition(
-    kind, project, user, heap, monkeypatch
+    kind, project, user, heap, patch
 ):
     if KEDRO >= (1, 6):
         catalog = "v: {type: MemoryDataset, validator: pandera.A}\n"
         write(project / CATALOG, catalog)
     if kind == "command":
-        monkeypatch.chdir(user)
+        patch.chdir(user)
     if kind == "session":
         bootstrap_project(project)
         len(kedro_project.pipelines)
@@ -3535,23 +3097,6 @@ def test_the_example_of_an_event_is_one_of_kedro_run(project, heap):
 
 
 @needs_readme
-def test_the_examples_in_README_are_of_one_project(project, config, heap):
-    example = json.loads(readme_block("json", readme_section(COLLECTED)))
-    shown = readme_block("", readme_section("What is kedro-telemetry?"))
-    identity, project_id = re.findall(r"[0-9a-f]{32}", shown)
-    hashed = hashed_id(project_id, "spaceflights")
-    assert example["properties"]["project_id"] == hashed
-    assert example["identity"] == example["properties"]["username"] == identity
-    write(config / "telemetry.toml", f'[telemetry]\nuuid = "{identity}"\n')
-    text = (project / "pyproject.toml").read_text()
-    write(project / "pyproject.toml", text.replace(PROJECT_ID, project_id))
-    output = run("telemetry").output
-    output = output.replace(str(config), "/home/alice/.config/kedro")
-    output = output.replace(str(project), "/home/alice/spaceflights")
-    assert output.startswith(shown)
-
-
-@needs_readme
 @pytest.mark.parametrize(
     ("sentence", "constant"),
     [
@@ -3569,57 +3114,29 @@ def test_a_list_in_README_is_that_of_the_module(sentence, constant):
 
 
 @needs_readme
-def test_the_table_has_every_way_to_opt_out_that_is_tested():
-    cells = [how for _, how in table_rows("How do I withdraw consent?")]
+def test_the_table_has_every_way_to_opt_out_that_is_tried():
+    cells = [how for _, how in table_rows(WITHDRAW)]
     shown = set(re.findall(r"`([^`]+)`", " ".join(cells)))
     shown -= {".telemetry", "settings.py"}
-    tested = set(README_DENIALS)
-    assert shown - tested == set(), "Try this code of README's table in README_DENIALS."
-    assert tested - shown == set(), (
-        "Show this way to opt out as code in README's table."
+    tried = set(README_DENIALS)
+    tried |= set(kedro_telemetry.OPT_OUT_VARIABLES)
+    assert shown - tried == set(), "Try this code of README's table in README_DENIALS."
+    assert tried - shown == set(), (
+        "README's table of ways to opt out has no row with this code."
     )
-
-
-def test_each_source_of_consent_has_a_denial_in_README(
-    new_project, config, monkeypatch
-):
-    places = {"project": new_project, "config": config}
-    (new_project / "notebooks").mkdir()
-    monkeypatch.chdir(new_project / "notebooks")
-    tried = set()
-    for denial in README_DENIALS.values():
-        paths = [Path(path.format(**places)) for path in denial.files]
-        for path, text in zip(paths, denial.files.values(), strict=True):
-            write(path, text)
-        with monkeypatch.context() as patch:
-            for name, value in denial.variables.items():
-                patch.setenv(name, value)
-            project = kedro_telemetry._Project(new_project)
-            sources = list(kedro_telemetry._consent_sources(project))
-        tried |= {i for i, source in enumerate(sources) if source.decision is False}
-        for path in paths:
-            write(path, "")
-    advice = (
-        "A source of consent has no denial that is tried. Add the way to opt out to "
-        "README_DENIALS, with the reason that users are shown, and to README's table."
-    )
-    assert tried == set(range(len(sources))), advice
 
 
 @pytest.fixture
-def run_sh(tmp_path, monkeypatch) -> Callable[[str], subprocess.CompletedProcess]:
-    """The function that runs a block of README in a shell, with this Python.
-
-    Temporary folders that the block makes are below `tmp_path / "temporary"`.
-    """
+def run_sh(tmp_path, patch) -> Callable[[str], subprocess.CompletedProcess]:
+    """The function that runs a block of README in a shell, with this Python."""
     if not os.path.exists("/bin/sh"):
         pytest.skip("the commands are for POSIX shells")
     for name, words in {"kedro": "-m kedro", "python3": ""}.items():
         script = f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n'
         write(tmp_path / "bin" / name, script).chmod(0o755)
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
+    patch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    patch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
 
     def run_sh(script: str) -> subprocess.CompletedProcess:
         return run_process(["/bin/sh", "-c", script])
@@ -3627,144 +3144,26 @@ def run_sh(tmp_path, monkeypatch) -> Callable[[str], subprocess.CompletedProcess
     return run_sh
 
 
-FAKE_VENV = """\
-#!/bin/sh
-# Makes the environment that README asks for out of the one in which the tests run.
-[ "$*" = "-m venv .venv" ] || exit 9
-mkdir -p .venv/bin
-printf '#!/bin/sh\\n[ "$*" = "install {argument}" ]\\n' > .venv/bin/pip
-printf '#!/bin/sh\\nexec {python} -m kedro "$@"\\n' > .venv/bin/kedro
-printf '#!/bin/sh\\nexec {python} "$@"\\n' > .venv/bin/python
-chmod +x .venv/bin/*
-"""
+RELY_ON = "What you can rely on"
 
 
 @needs_readme
-@pytest.mark.parametrize(
-    ("index", "argument"), [(0, "."), (1, ".[test]")], ids=["see an event", "test"]
-)
-def test_the_two_commands_at_the_top_do_what_they_say(
-    index, argument, run_sh, tmp_path, heap, monkeypatch
-):
-    block = readme_block("sh", README.partition("\n## ")[0])
-    command = block.splitlines()[index]
-    script = FAKE_VENV.format(python=sys.executable, argument=argument)
-    write(tmp_path / "bin/python3", script).chmod(0o755)
-    for file in (README_FILE, Path(__file__), Path(kedro_telemetry.__file__)):
-        shutil.copy(file, Path.cwd())
-    monkeypatch.setenv("PYTEST_ADDOPTS", "--collect-only -p no:cacheprovider")
-    done = run_sh(command)
-    assert done.returncode == 0, done.stdout + done.stderr
-    if argument == ".":
-        event = done.stderr.partition("would send:\n")[2]
-        assert json.loads(event)["event"] == "CLI command"
-    else:
-        assert "test_kedro_run_sends_all_that_README_lists_once" in done.stdout
-    assert heap.connections == []
-
-
-class Proof(NamedTuple):
-    """A promise in README, and a line of the module that breaks it by another one."""
-
-    heading: str
-    line: str
-    broken: str
-
-
-BODY = "    identity = _get_or_create_identity()\n"
-IMPORTS = Proof(
-    "None of your code is imported", BODY, '    __import__("spaceships.planted")\n'
-)
-FILES = Proof("What is stored, and where", BODY, '    Path("planted").touch()\n')
-OUTPUT = Proof(
-    "Exit status and standard output stay the same", BODY, '    print("planted")\n'
-)
-EXIT_STATUS = Proof(
-    "Exit status and standard output stay the same", BODY, "    sys.exit(3)\n"
-)
-WAIT = Proof("A command waits two seconds at most", "DEADLINE = 2.0", "DEADLINE = 6\n#")
-
-
-@pytest.fixture
-def run_proof(run_sh, tmp_path, monkeypatch) -> Callable:
-    """The function that runs the commands below a promise, which may be broken."""
-
-    def run_proof(proof: Proof, is_broken: bool) -> subprocess.CompletedProcess:
-        if is_broken:
-            module = Path(kedro_telemetry.__file__).read_text(encoding="utf-8")
-            assert proof.line in module, "The test is about a line that has changed."
-            text = module.replace(proof.line, proof.broken + proof.line)
-            write(tmp_path / "broken/kedro_telemetry.py", text)
-            monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
-        section = readme_section("What you can rely on")
-        part = section.partition(f"### {proof.heading}\n")[2].partition("\n### ")[0]
-        return run_sh(readme_block("sh", part))
-
-    return run_proof
-
-
-both_ways = pytest.mark.parametrize("is_broken", [False, True], ids=["kept", "broken"])
-
-
-@needs_readme
-@since_kedro_1
-@both_ways
-def test_the_proof_about_imports_shows_modules_of_python_only(
-    is_broken, run_proof, project
-):
-    write(project / "src/spaceships/planted.py", "")
-    done = run_proof(IMPORTS, is_broken)
-    assert re.findall(r"Entries in the catalog: (\d+)", done.stderr) == ["4", "4"]
-    lines = [line for line in done.stdout.splitlines() if line[0] in "<>"]
-    imported = {line[1:].strip() for line in lines}
-    assert "urllib.request" in imported
-    roots = {name.partition(".")[0] for name in imported}
-    known = roots <= set(sys.stdlib_module_names) | {"certifi"}
-    assert known is not is_broken
-
-
-@needs_readme
-@since_kedro_1
-@both_ways
-def test_the_proof_about_files_shows_all_that_is_stored(
-    is_broken, run_proof, new_project
-):
-    lines = run_proof(FILES, is_broken).stdout.splitlines()
-    added = [line.removeprefix("> ") for line in lines if line.startswith(">")]
-    names = {Path(line).name for line in added if line[:1] in (".", "/")}
-    assert names - {"planted"} == {"pyproject.toml", "telemetry.toml"}
-    assert ("planted" in names) is is_broken
-    rest = [line for line in added if line[:1] not in (".", "/")]
-    assert rest[:2] == ["", "[tool.kedro_telemetry]"]
-    assert rest[2].startswith("project_id = ")
-    assert len(rest) == 3
-
-
-@needs_readme
-@since_kedro_1
-@pytest.mark.parametrize("proof", [OUTPUT, EXIT_STATUS], ids=["output", "exit status"])
-@both_ways
-def test_the_proof_about_exit_status_and_output_compares_them(
-    is_broken, proof, run_proof, project
-):
-    done = run_proof(proof, is_broken)
+@since_kedro_0_19
+def test_the_proof_of_exit_status_says_same(run_sh, new_project):
+    done = run_sh(readme_block("sh", readme_section(RELY_ON)))
     lines = done.stdout.splitlines()
-    assert ("same" in lines) is not is_broken
-    if not is_broken:
-        statuses = ["exit status 0", "exit status 0", "exit status 1"]
-        assert lines[:4] == ["same", *statuses]
-        assert Path(lines[4]).name == "telemetry.toml"
+    statuses = ["exit status 0", "exit status 0", "exit status 1"]
+    assert lines == ["Telemetry:   on here", "same", *statuses], done.stderr
+    assert (new_project / "pyproject.toml").read_text() == KEDRO_TABLE
 
 
 @needs_readme
-@both_ways
-def test_the_proof_about_the_wait_measures_it(is_broken, run_proof, project, tmp_path):
-    done = run_proof(WAIT, is_broken)
-    seconds = [float(x) for x in re.findall(r"^([\d.]+) seconds$", done.stdout, re.M)]
-    assert len(seconds) == 3
-    assert seconds[1] >= (6 if is_broken else 2)
-    assert is_broken or seconds[1] < 6
-    assert len(list((tmp_path / "temporary").rglob("telemetry.backoff"))) == 1
+def test_the_proof_of_exit_status_says_that_telemetry_is_off(run_sh, project):
+    write(project / ".telemetry", NO)
+    done = run_sh(readme_block("sh", readme_section(RELY_ON)))
+    assert "same" not in done.stdout.splitlines()
+    assert "Telemetry is off here" in done.stdout
+    assert done.returncode != 0
 
 
 @needs_readme
@@ -3794,15 +3193,11 @@ def test_the_recipe_for_a_vendored_copy_reports_a_session(vendored, heap):
 
 
 @needs_readme
-def test_the_recipe_for_plugin_authors_sends_an_event(heap):
-    recipe = readme_block("python", readme_section("For plugin authors"))
-    assert run_python("-c", recipe).returncode == 0
-    assert heap.events[0]["event"] == "my_plugin_did_it"
+def test_the_recipes_for_plugin_authors_send_and_show_an_event(run_sh, heap):
+    section = readme_section("For plugin authors")
+    assert run_python("-c", readme_block("python", section)).returncode == 0
+    assert heap.names == ["my_plugin_did_it"]
     assert heap.properties["how_often"] == 3
-
-
-@needs_readme
-def test_the_recipe_for_a_plugins_tests_shows_an_event(run_sh, heap):
-    done = run_sh(readme_block("sh", readme_section("For plugin authors")))
+    done = run_sh(readme_block("sh", section))
     assert done.stderr.startswith("kedro-telemetry would send:\n{")
-    assert heap.connections == []
+    assert len(heap.events) == 1
