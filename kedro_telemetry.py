@@ -186,11 +186,9 @@ class KedroTelemetryHook:
         self._command_report = None
         if report is None:
             return
-        try:
+        # The command itself has ended, and Ctrl-C must not change its exit status.
+        with suppress(KeyboardInterrupt):
             report.send(COMMAND_EVENT)
-        except KeyboardInterrupt:
-            # The command itself has ended, and Kedro must keep its exit status.
-            _log("Ctrl-C ended the wait for Heap")
 
     def _assign_report(self, project_path: Path) -> _Report:
         """Return the report that covers a session: the command's, or else a new one.
@@ -434,12 +432,13 @@ def _user_folders() -> list[Path]:
         # The files of 0.9.0 are in kedro\\kedro.
         parents = [os.path.join(os.environ.get("LOCALAPPDATA", ""), "kedro")]
     elif sys.platform == "darwin":
-        parents = ["~/Library/Application Support"]
+        parents = [os.path.expanduser("~/Library/Application Support")]
     else:
-        parents = [os.environ.get("XDG_CONFIG_HOME", ""), "~/.config"]
-    paths = [Path(os.path.expanduser(parent), "kedro") for parent in parents]
+        parents = [os.environ.get("XDG_CONFIG_HOME", "")]
+        parents.append(os.path.expanduser("~/.config"))
     # By the XDG specification, an empty or relative path counts as unset.
-    return [path for path in dict.fromkeys(paths) if path.is_absolute()]
+    folders = [Path(parent, "kedro") for parent in parents if os.path.isabs(parent)]
+    return list(dict.fromkeys(folders))
 
 
 def _user_file(name: str) -> Path:
@@ -691,7 +690,7 @@ def _parse_consent(text: str) -> bool | None:
     wrote into a `.telemetry`. Blank lines and comments say nothing.
     """
     pairs = []
-    for line in text.lower().splitlines():
+    for line in re.split("[\r\n]+", text.lower()):
         statement = re.split(r"(?:^|[ \t])#", line, maxsplit=1)[0].strip(" \t")
         key, _, value = statement.partition(":")
         if statement:
@@ -1233,7 +1232,6 @@ class _Post(threading.Thread):
     def __init__(self, body: dict[str, Any]) -> None:
         from contextvars import Context
         from importlib import import_module
-        from importlib.util import find_spec
 
         super().__init__(daemon=True)
         # Sentry would add the request to the user's trace, which a context carries.
@@ -1246,7 +1244,7 @@ class _Post(threading.Thread):
         # What the functions below import, and what Python itself needs for a host
         for name in ("encodings.idna", "http.client", "ssl", "urllib.request"):
             import_module(name)
-        if find_spec("certifi"):
+        with suppress(Exception):  # it may not be installed
             import_module("certifi")
         self.start_time = time.monotonic()
 
@@ -1442,8 +1440,9 @@ def _trust_certificates(path: str, context: SSLContext, post: _Post) -> None:
     import ssl
 
     begin, end = b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----"
-    for certificate in re.findall(begin + b".+?" + end, _read_certificates(path), re.S):
+    for block in _read_certificates(path).split(end):
         post.raise_if_over()
+        certificate = begin + block.rpartition(begin)[2] + end
         with suppress(ssl.SSLError):  # one of them may be broken
             context.load_verify_locations(cadata=certificate.decode("ascii", "ignore"))
 

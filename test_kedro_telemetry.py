@@ -514,12 +514,11 @@ IMPORTED_BY_AN_EVENT = """
 base64 binascii certifi encodings email hashlib http importlib quopri select selectors
 socket ssl stringprep tempfile tomllib unicodedata urllib uuid
 """
-# A session, and what it imports
+# A process with one session
 SESSION = """
 from pathlib import Path
 from kedro.framework.session import KedroSession
 from kedro.framework.startup import bootstrap_project
-import atexit, sys
 bootstrap_project(Path.cwd())
 with KedroSession.create(project_path=Path.cwd()) as session:
     assert session.load_context().catalog
@@ -527,7 +526,7 @@ with KedroSession.create(project_path=Path.cwd()) as session:
 
 
 def test_an_event_imports_nothing_but_modules_of_python(project, heap, known_user):
-    code = SESSION + "\nprint('MODULES', *sys.modules)"
+    code = SESSION + "\nimport sys\nprint('MODULES', *sys.modules)"
     write(project / "src/spaceships/unused.py", "")
     without, modules = (
         set(run_python("-c", code, **variables).stdout.partition("MODULES")[2].split())
@@ -565,29 +564,28 @@ Read more:  https://docs.kedro.org/en/stable/about/telemetry/"""
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "promised"),
+    ("name", "value", "reason"),
     [
-        ("ENDPOINT", "https://heapanalytics.com/api/track", "names the endpoint"),
-        ("APP_ID", "2388822444", "has Kedro's id in its example of an event"),
+        ("ENDPOINT", "https://heapanalytics.com/api/track", "README names it"),
+        ("APP_ID", "2388822444", "README's example has it"),
         (
             "HEADERS",
             ("Host", "User-Agent", "Content-Type", "Content-Length"),
-            "names the four headers",
+            "README names these four",
         ),
-        ("DEADLINE", 2.0, "promises two seconds, and half a second for the back-off"),
-        ("BACK_OFF", 3600.0, "says that nothing is sent for an hour"),
-        ("LARGEST_FILE", 2**20, "says nothing, but a contributor should"),
-        ("LARGEST_BUNDLE", 2**24, "says nothing, but a contributor should"),
-        ("LONGEST_TEXT", 1023, "says where strings are cut"),
-        ("ACCEPTED", 200, "says which status Heap accepts an event with"),
-        ("GRANTS", ("true", "yes", "on", "y", "1"), "lists the words that grant"),
-        ("NOTICE", NOTICE, "says nothing, but people's terminals have 80 columns"),
+        ("DEADLINE", 2.0, "README promises two seconds, and a quarter of them"),
+        ("BACK_OFF", 3600.0, "README promises an hour"),
+        ("LARGEST_FILE", 2**20, "a larger file denies consent"),
+        ("LARGEST_BUNDLE", 2**24, "certificates after that are not trusted"),
+        ("LONGEST_TEXT", 1023, "README says where texts are cut"),
+        ("ACCEPTED", 200, "README says what Heap's status means"),
+        ("GRANTS", ("true", "yes", "on", "y", "1"), "README lists them"),
+        ("NOTICE", NOTICE, "people read it in terminals of 80 columns"),
     ],
 )
-def test_a_constant_has_the_value_that_readers_know(name, value, promised):
+def test_a_constant_is_what_readers_know(name, value, reason):
     assert CONSTANTS[name] == value, (
-        f"README {promised}: change README, {name} and this table together, "
-        "or none of them."
+        f"{name} has changed, and {reason}. Change README and this table as well."
     )
 
 
@@ -696,11 +694,10 @@ def test_a_session_of_another_project_counts_apart(text, project, other_project,
     write(project / "src/spaceships/cli.py", OPEN)
     write(other_project / ".telemetry", text)
     assert run(f"open {other_project}").exit_code == 0
-    sent = zip(
-        heap.names, [x["properties"]["project_id"] for x in heap.events], strict=True
-    )
+    ids = [event["properties"]["project_id"] for event in heap.events]
     session = [] if text else [("Kedro Project Statistics", ROCKETS)]
-    assert list(sent) == [*session, ("CLI command", SPACESHIPS)]
+    sent = list(zip(heap.names, ids, strict=True))
+    assert sent == [*session, ("CLI command", SPACESHIPS)]
     assert heap.commands[-1] == "kedro *****"
 
 
@@ -744,16 +741,13 @@ def interleave(*projects: Path) -> None:
             assert context.catalog
 
 
-def test_interleaved_sessions_belong_to_their_pr(project, other_project, heap):
-    write(
-        other_project / CATALOG, "a: {type: MemoryDataset}\nb: {type: MemoryDataset}\n"
-    )
+def test_interleaved_sessions_count_apart(project, other_project, heap):
+    datasets = "a: {type: MemoryDataset}\nb: {type: MemoryDataset}\n"
+    write(other_project / CATALOG, datasets)
     interleave(project, other_project)
     sent = [event["properties"] for event in heap.events]
-    assert [(x["project_id"], x["number_of_datasets"]) for x in sent] == [
-        (SPACESHIPS, 1),
-        (ROCKETS, 2),
-    ]
+    found = [(x["project_id"], x["number_of_datasets"]) for x in sent]
+    assert found == [(SPACESHIPS, 1), (ROCKETS, 2)]
 
 
 @pytest.mark.parametrize("step", [1, -1], ids=["first", "second"])
@@ -850,15 +844,12 @@ def test_a_plugin_sends_an_event_of_its_own(project, heap):
     assert "mine" not in added.values()
 
 
-def test_an_event_outside_of_projects_has_no_properties_of_one(heap):
-    assert send_telemetry_event("outside", {"project_id": "x", "tools": "x"}) is True
-    assert not {"project_id", "tools", "example_pipeline"} & set(heap.properties)
-
-
 def test_an_event_of_a_plugin_belongs_to_its_path(project, other_project, heap):
     bootstrap_project(other_project)
     assert send_telemetry_event("x", {}, project) is True
     assert heap.project_ids == {SPACESHIPS}
+    assert send_telemetry_event("outside", {"project_id": "x", "tools": "x"}) is True
+    assert not {"project_id", "tools", "example_pipeline"} & set(heap.properties)
 
 
 @pytest.mark.parametrize(
@@ -888,7 +879,7 @@ import sys
 sys.modules["kedro_telemetry.plugin"] = sys.modules[__name__]
 telemetry_hook = object()
 """
-QUIET = "version: 1\ndisable_existing_loggers: false\n"
+QUIET = "{version: 1, disable_existing_loggers: false, loggers: {}}\n"
 
 
 @pytest.mark.parametrize(
@@ -963,12 +954,11 @@ time.monotonic time.time uuid.uuid4 socket.getaddrinfo click.echo logging.Logger
 """
 
 
-@pytest.mark.parametrize("mode", ["200", "hang"])
 @pytest.mark.parametrize("name", STAND_INS.split())
-def test_exit_status_survives_a_stand_in_that_raises(
-    name, mode, new_project, heap, short_deadline, patch
+def test_exit_status_survives_a_stand_in(
+    name, new_project, heap, short_deadline, patch
 ):
-    heap.mode = mode
+    heap.mode = "hang"
     bootstrap_project(new_project)
     with patch.context() as inner:
         inner.setattr(name, Mock(side_effect=Odd))
@@ -1326,6 +1316,10 @@ README_DENIALS = {
 }
 DENIALS = README_DENIALS | {
     "an empty variable": denial_by_variable("KEDRO_DISABLE_TELEMETRY", ""),
+    "Kedro's switch as a variable": Denial(
+        "DYNACONF_DISABLE_HOOKS_FOR_PLUGINS names kedro-telemetry",
+        {"DYNACONF_DISABLE_HOOKS_FOR_PLUGINS": '@json ["kedro-telemetry"]'},
+    ),
     "Kedro's own CI": Denial(
         "GITHUB_REPOSITORY_OWNER is kedro-org",
         {"GITHUB_REPOSITORY_OWNER": "kedro-org"},
@@ -1338,7 +1332,7 @@ DENIALS = README_DENIALS | {
     ),
     "a project whose file is too large": Denial(
         "this file cannot be read:\n{project}/pyproject.toml",
-        files={"{project}/pyproject.toml": KEDRO_TABLE + "\n" * 2**20},
+        files={"{project}/pyproject.toml": KEDRO_TABLE + "#" * 2**20},
     ),
     "settings that Kedro cannot import": denial_by_settings(
         "DO_NOT_TRACK", "DO_NOT_TRACK = True\nimport gone\n"
@@ -1450,7 +1444,7 @@ def test_a_fork_of_kedro_on_GitHub_denies_nothing(heap, patch):
         ("  consent: true # I said", True),
         ("\ufeffconsent: true\r\n\r\n", True),
         ("# consent: false\nconsent: true\nconsent: yes", True),
-        ("consent: true" + "\n" * (2**20 - 13), True),
+        ("consent: true".ljust(2**20), True),
         ("", None),
         ("\ufeff \t\r\n  # consent: false\n#", None),
         ("consent: false", False),
@@ -1467,7 +1461,7 @@ def test_a_fork_of_kedro_on_GitHub_denies_nothing(heap, patch):
         ("<<<<<<< HEAD\nconsent: true\n=======\nconsent: true\n>>>>>>> x\n", False),
         ("consent: true".encode("utf-16"), False),
         (b"consent: true # \xff", False),
-        ("consent: true" + "\n" * (2**20 - 12), False),
+        ("consent: true".ljust(2**20 + 1), False),
     ],
     ids=lambda x: repr(x)[:50],
 )
@@ -1550,12 +1544,11 @@ def test_the_names_of_imported_settings_count(text, decision, project):
     assert consent(project) is decision
 
 
-def test_kedros_switch_counts_as_a_variable_of_dynaconf(project, heap, patch):
-    names = '@json ["kedro-telemetry"]'
-    patch.setenv("DYNACONF_DISABLE_HOOKS_FOR_PLUGINS", names)
-    run("info")
-    load_catalogs(project)
-    assert heap.connections == []
+def test_kedros_switch_counts_wherever_dynaconf_finds_it(project):
+    bootstrap_project(project)
+    names = ("kedro-telemetry",)
+    kedro_project.settings.set("DISABLE_HOOKS_FOR_PLUGINS", names)
+    assert consent(project) is False
 
 
 @pytest.mark.parametrize(
@@ -1748,14 +1741,16 @@ def test_each_platform_has_its_folder(platform, name, value, folder, user, patch
     assert stored_uuid(user / folder) == identity
 
 
-def test_a_CI_machine_gets_no_id_or_notice(new_project, heap, tmp_path, patch, capfd):
+def test_a_CI_machine_gets_no_id_or_notice(new_project, heap, log, tmp_path, patch):
     patch.setenv("CI", "1")
     before = files(tmp_path)
+    screen = Screen()
+    patch.setattr(sys, "stderr", screen)
     assert send_telemetry_event("x", {}, new_project) is True
-    assert capfd.readouterr() == ("", "")
     assert heap.events[0]["identity"] == "missing_user_identity"
     assert "project_id" not in heap.properties
-    assert files(tmp_path) == before
+    assert (screen.getvalue(), files(tmp_path)) == ("", before)
+    assert '"identity": "missing_user_identity"' in log.messages[-1]
 
 
 def test_a_CI_machine_uses_stored_ids(project, known_user, heap, patch):
@@ -2421,7 +2416,7 @@ def test_a_post_that_was_given_up_after_two_seconds_ends_by_itself(heap, patch):
     ("age", "is_sent"),
     [(0, False), (HOUR - 60, False), (HOUR + 60, True), (60 - HOUR, False)],
 )
-def test_a_back_off_lasts_an_hour(age, is_sent, heap, config):
+def test_a_back_off_after_two_seconds_lasts_an_hour(age, is_sent, heap, config):
     """A file server's clock may be ahead."""
     start = time.time() - age
     os.utime(write(config / "telemetry.backoff", ""), (start, start))
@@ -2440,9 +2435,10 @@ def test_an_old_back_off_is_renewed(heap, config, short_deadline):
     assert (config / "keep").stat().st_mtime == 1
 
 
-@pytest.mark.parametrize("trouble", [no_folder, no_home])
+@pytest.mark.parametrize("trouble", [no_folder, no_home, id])
 def test_without_a_file_a_process_backs_off(trouble, heap, config, patch):
     patch.setattr(kedro_telemetry, "DEADLINE", 0.3)
+    patch.setattr(Path, "touch", Mock(side_effect=Odd))
     heap.mode = "hang"
     trouble(config)
     assert send_telemetry_event("x") is False
@@ -2515,13 +2511,17 @@ def test_what_a_signal_raises_ends_the_wait(
     heap.mode = "hang"
     on_signal(heap.signal, handler)  # a shell may have it ignored
     hook = kedro_telemetry.telemetry_hook
-    is_over = waiting == "command" and raised is KeyboardInterrupt
-    with contextlib.nullcontext() if is_over else pytest.raises(raised):
+    found = None
+    try:
         if waiting == "session":
             load_catalogs(project)
         else:
             hook.before_command_run(None, ["info"])
             hook.after_command_run()
+    except (KeyboardInterrupt, TimedOut, SystemExit) as error:
+        found = type(error)
+    is_ctrl_c_after_a_command = (waiting, name) == ("command", "SIGINT")
+    assert found is (None if is_ctrl_c_after_a_command else raised)
     assert len(heap.connections) == 1
 
 
@@ -2554,12 +2554,6 @@ def test_the_signal_of_a_closed_connection_ends_no_process(heap):
     """
     done = run_python("-c", code)
     assert (done.returncode, done.stdout) == (0, "{False}\n")
-
-
-@pytest.mark.parametrize("name", ["SIGPIPE", "pthread_sigmask"])
-def test_windows_has_no_such_signal(name, heap, patch):
-    patch.delattr(signal, name, raising=False)
-    assert send_telemetry_event("x") is True
 
 
 # Certificates: all that the platform trusts, and nothing else
@@ -2918,7 +2912,7 @@ cli = click.Group("mine", [telemetry])
 
 
 @since_kedro_0_19
-@pytest.mark.parametrize("owner", ["project", "global_commands", "project_commands"])
+@pytest.mark.parametrize("owner", ["project", "project_commands"])
 def test_another_command_telemetry_comes_first(owner, project, tmp_path):
     if owner == "project":
         write(project / "src/spaceships/cli.py", OWN_TELEMETRY)
@@ -2950,7 +2944,7 @@ def vendored(project) -> Path:
 
 
 @pytest.mark.parametrize(
-    "words", [["kedro", "run"], ["kedro", "info"], []], ids=["run", "info", "a session"]
+    "words", [["kedro", "run"], []], ids=["a command", "a session"]
 )
 def test_a_vendored_copy_replaces_an_installed_release(words, vendored, heap):
     code = f"""
@@ -2984,12 +2978,6 @@ def test_a_copy_alone_reports_sessions(vendored, heap, patch):
     assert heap.commands == [None]
     copied = sys.modules["kedro_telemetry.plugin"]
     assert copied.__name__ == copied.logger.name == "spaceships.kedro_telemetry"
-
-
-def test_a_copy_leaves_an_installed_release_at_work_as_it_is(vendored, heap):
-    load_catalogs(vendored)
-    assert sys.modules["kedro_telemetry.plugin"] is kedro_telemetry
-    assert heap.commands == [None]
 
 
 # README: what it says is what happens
@@ -3167,11 +3155,10 @@ def test_the_proof_of_exit_status_says_that_telemetry_is_off(run_sh, project):
 
 
 @needs_readme
-@pytest.mark.parametrize("command", ["run", "info"])
-def test_the_logging_file_logs_what_is_sent(command, project, heap, known_user):
+def test_the_logging_file_logs_what_is_sent(project, heap, known_user):
     section = readme_section("See what is sent")
     path = write(project / "conf/logging.yml", readme_block("yaml", section))
-    done = run_python("-m", "kedro", command, KEDRO_LOGGING_CONFIG=str(path))
+    done = run_python("-m", "kedro", "info", KEDRO_LOGGING_CONFIG=str(path))
     assert done.returncode == 0
     assert len(heap.events) == 1
     log = (project / "telemetry.log").read_text()
@@ -3181,15 +3168,9 @@ def test_the_logging_file_logs_what_is_sent(command, project, heap, known_user):
 
 
 @needs_readme
-def test_the_recipe_for_a_vendored_copy_reports_a_session(vendored, heap):
+def test_the_recipe_for_a_vendored_copy_is_the_one_that_is_tried():
     recipe = readme_block("python", readme_section("Vendor it"))
-    write(vendored / SETTINGS, recipe)
-    code = "import atexit, sys; from kedro.framework.cli import main\n"
-    code += "sys.argv = ['kedro', 'run']\n"
-    code += "atexit.register(lambda: print(sys.modules['kedro_telemetry'].__name__))\n"
-    done = run_python("-c", code + "main()")
-    assert done.stdout.splitlines()[-1] == "spaceships.kedro_telemetry"
-    assert heap.commands == ["kedro run"]
+    assert re.sub("  #.*", "", recipe) == VENDORED_SETTINGS
 
 
 @needs_readme
