@@ -1517,7 +1517,7 @@ STATUS_HELP = f"""
 See an event without sending it:  KEDRO_TELEMETRY_DEBUG=1 kedro info
 Opt out for all your projects:    kedro telemetry disable
 Opt in for all your projects:     kedro telemetry enable
-Opt out for one project alone:    write the line `consent: false`
+Opt out for one project:          write the line `consent: false`
                                   into the file .telemetry in its root
 Read more:  {DOCUMENTATION}"""
 

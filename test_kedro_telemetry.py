@@ -750,6 +750,21 @@ def test_interleaved_sessions_count_apart(project, other_project, heap):
     assert found == [(SPACESHIPS, 1), (ROCKETS, 2)]
 
 
+def test_sessions_in_threads_are_each_reported_once(project, heap, known_user):
+    bootstrap_project(project)
+
+    def load_catalog() -> None:
+        context = KedroSession.create(project_path=project).load_context()
+        assert context.catalog is not context.catalog
+
+    threads = [threading.Thread(target=load_catalog) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert heap.commands == [None] * 4
+
+
 @pytest.mark.parametrize("step", [1, -1], ids=["first", "second"])
 @pytest.mark.parametrize(
     ("file", "text"),
@@ -2700,7 +2715,7 @@ STATUS_HELP = """
 See an event without sending it:  KEDRO_TELEMETRY_DEBUG=1 kedro info
 Opt out for all your projects:    kedro telemetry disable
 Opt in for all your projects:     kedro telemetry enable
-Opt out for one project alone:    write the line `consent: false`
+Opt out for one project:          write the line `consent: false`
                                   into the file .telemetry in its root
 Read more:  https://docs.kedro.org/en/stable/about/telemetry/
 """
