@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Anonymised usage telemetry for Kedro: one event per command or session.
 
-The code is in the order in which an event is handled. Kedro calls the hooks, and other
-packages call the functions after them. Every event goes through `_send`. Then come
-helpers for files and the project, and the steps of an event: consent, the notice, ids,
+The code follows an event from start to finish: first the hooks that Kedro calls and the
+functions that other packages call, then `_send`, through which every event goes. Next
+come helpers for files and the project, and each step: consent, the notice, ids,
 properties, masking and posting. The commands come last.
 
-To vendor the module, copy it into the folder of your project's `settings.py` and write
-there:
+To vendor the module, copy it into the folder that contains your project's
+`settings.py`, and add to the settings:
 
     from .kedro_telemetry import telemetry_hook
 
     HOOKS = (telemetry_hook,)
 
-Keep kedro-telemetry installed, in any release: Kedro then finds the copy through the
-entry points of that release. Without them, the copy reports sessions only, and there is
-no `kedro telemetry`.
+Keep any release of kedro-telemetry installed: Kedro finds the copy through that
+release's entry points. Without them, the copy reports only sessions and does not add
+`kedro telemetry`.
 """
 
-# Imports inside functions keep Kedro's start fast: click and pluggy, and so Kedro, do
-# not import these modules, and only an event needs them.
+# Modules that only an event needs are imported inside functions, which keeps Kedro's
+# start-up fast. click and pluggy, and therefore Kedro, do not import them.
 # ruff: noqa: PLC0415
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ HEADERS = ("Host", "User-Agent", "Content-Type", "Content-Length")
 DOCUMENTATION = "https://docs.kedro.org/en/stable/about/telemetry/"
 DEADLINE = 2.0  # seconds that a command waits for Heap
 BACK_OFF = 3600.0  # seconds without sending after Heap has not answered in time
-LARGEST_FILE = 2**20  # bytes; larger files of a project or a user are not read
-LARGEST_BUNDLE = 2**24  # bytes; the rest of a file of certificates is not read
+LARGEST_FILE = 2**20  # bytes; larger project and user files are not read
+LARGEST_BUNDLE = 2**24  # bytes; the rest of a certificate file is not read
 LONGEST_TEXT = 1023  # characters that Heap accepts in a key or a value
-ACCEPTED = 200  # Heap's status for an event that it has taken
+ACCEPTED = 200  # Heap's status for an event that it has accepted
 
 NOTICE = f"""
 Kedro collects anonymised usage data to improve the product.
@@ -114,8 +114,8 @@ COMMAND_EVENT = "CLI command"
 SESSION_EVENT = "Kedro Project Statistics"
 
 HOOK_SWITCH = "DISABLE_HOOKS_FOR_PLUGINS"  # Kedro's, in `settings.py`
-PLUGIN_NAME = "kedro-telemetry"  # of this package and of its entry points
-SESSION_PLUGIN_NAME = "kedro-telemetry-session"  # in the hook manager of a session
+PLUGIN_NAME = "kedro-telemetry"  # also the name of the entry points
+SESSION_PLUGIN_NAME = "kedro-telemetry-session"  # in a session's hook manager
 
 Properties = dict[str, Any]  # `_for_heap` leaves out those that are None
 
@@ -130,17 +130,17 @@ _session_hook = HookimplMarker("kedro")
 class KedroTelemetryHook:
     """Reports each command, and each session that no command's report covers.
 
-    The hooks raise only what signal handlers raise, such as KeyboardInterrupt. Any
+    The hooks raise only exceptions from signal handlers, such as KeyboardInterrupt. Any
     other exception would end the command with a traceback.
     """
 
     def __init__(self) -> None:
-        # pluggy takes a plugin's name from here. A session registers a project's HOOKS
-        # first, and then skips an entry point of the same name, which keeps a vendored
-        # copy from being registered twice. Commands use the entry point alone.
+        # pluggy takes the plugin's name from here. A session registers a project's
+        # HOOKS first, then skips any entry point of the same name, so a vendored copy
+        # is registered only once. Commands use only the entry point.
         self.__name__ = PLUGIN_NAME
-        # None during `kedro telemetry`, and when Kedro has ended a command. It does not
-        # end a command that runs with click's `standalone_mode=False`.
+        # None during `kedro telemetry`, and after Kedro has called `after_command_run`.
+        # Kedro does not call it for a command run with click's `standalone_mode=False`.
         self._command_report: _Report | None = None
 
     @_cli_hook
@@ -159,24 +159,24 @@ class KedroTelemetryHook:
     def after_context_created(self, context: Any) -> None:
         """Register a report with the session's own hook manager.
 
-        Kedro does not say which session a catalog belongs to, and a web service may
-        have sessions of several projects at once. A hook manager belongs to one session
+        Kedro does not say which session a catalog belongs to, and a web service may run
+        sessions of several projects at once. Each hook manager belongs to one session
         and gets only that session's catalogs.
         """
         unregistered = None
         with _suppress_and_log("Reading the session"):
-            # CI jobs and clusters that opt out by a variable wait for nothing else.
+            # CI jobs and clusters that opt out by a variable need no further checks.
             if _environment_consent().decision is False:
                 return
             report = self._assign_report(context.project_path)
             hook_manager = getattr(context, "_hook_manager", None)
-            if hook_manager is None:  # the name is private; a later Kedro may drop it
+            if hook_manager is None:  # private, so a later Kedro version may drop it
                 _log("The session has no hook manager")
                 unregistered = report
             elif not hook_manager.has_plugin(SESSION_PLUGIN_NAME):
-                # `kedro server start` creates a context for each request of a session.
+                # `kedro server start` creates a context per request within a session.
                 hook_manager.register(report, SESSION_PLUGIN_NAME)
-        if unregistered is not None:  # outside of the `with`: see `_send`
+        if unregistered is not None:  # outside the `with`: see `_send`
             unregistered.send(SESSION_EVENT)
 
     @_cli_hook
@@ -191,10 +191,10 @@ class KedroTelemetryHook:
             report.send(COMMAND_EVENT)
 
     def _assign_report(self, project_path: Path) -> _Report:
-        """Return the report that covers a session: the command's, or else a new one.
+        """Return the report that covers a session: the command's or a new one.
 
-        A plugin's command may run outside a project and open one through an option. Its
-        report then gets the project's path.
+        A plugin command run outside a project may open a project through an option. Its
+        report then gets that project's path.
         """
         report = self._command_report
         if report is None or not report.may_have_opened(project_path):
@@ -205,15 +205,15 @@ class KedroTelemetryHook:
 
 
 class _Report:
-    """What is reported once: a command with its sessions, or a session on its own.
+    """Something to report once: a command with its sessions, or a session on its own.
 
-    It has no lock: people copy and pickle sessions with the plugins in them, and a lock
-    can be neither copied nor pickled.
+    It has no lock, because a lock can be neither copied nor pickled, and people copy
+    and pickle sessions along with their plugins.
     """
 
     def __init__(self, words: list[str] | None, project_path: Path | None) -> None:
         self.words = words  # None for a session on its own
-        self.project_path = project_path  # None outside of projects
+        self.project_path = project_path  # None outside projects
         self._is_sent = False
 
     def may_have_opened(self, project_path: Path) -> bool:
@@ -221,14 +221,14 @@ class _Report:
         return (
             self.project_path is None
             or os.path.realpath(self.project_path) == os.path.realpath(project_path)
-            # kedro-auto-catalog passes a package's name where Kedro takes a path. What
-            # is no project cannot be another project.
+            # kedro-auto-catalog passes a package name where Kedro expects a path. A
+            # path without a project cannot be another project.
             or not Path(project_path, "pyproject.toml").exists()
         )
 
     @_session_hook
     def after_catalog_created(self, catalog: Any) -> None:
-        """Report the session, with the catalog as Kedro made it.
+        """Report the session, with the catalog as Kedro created it.
 
         pluggy calls the last registered hook first, so this one runs before the user's
         hooks, which may add datasets.
@@ -236,7 +236,7 @@ class _Report:
         self.send(SESSION_EVENT, catalog)
 
     def send(self, event_name: str, catalog: Any = None) -> None:
-        """Send one event, the first time only, whether or not Heap receives it."""
+        """Send an event on the first call only, whether or not Heap receives it."""
         if not self._is_sent:
             self._is_sent = True
             _send(_Event(event_name, self.project_path, {}, self.words, catalog))
@@ -245,8 +245,8 @@ class _Report:
 telemetry_hook = KedroTelemetryHook()
 
 
-# The functions that other packages call. Kedro-Viz and Kedro's extension for VS Code
-# import the private ones, kedro-skills and other plugins `send_telemetry_event`
+# The functions that other packages call. Kedro-Viz and Kedro's VS Code extension import
+# the private ones; kedro-skills and other plugins import `send_telemetry_event`
 
 
 def send_telemetry_event(
@@ -258,42 +258,42 @@ def send_telemetry_event(
 
     Args:
         event_name: The name of the event, such as `kedro_skills_install`.
-        properties: The event's own properties, which must not be personal. Those that
-            every event has take precedence.
+        properties: The event's own properties, without personal data. Properties
+            that every event has take precedence.
         project_path: The root of the project that the event belongs to, if any.
 
     Returns:
-        True if Heap has accepted the event. The function waits two seconds at most.
+        True if Heap has accepted the event. The function waits at most two seconds.
 
-    It may print the notice and store an identity or a project id. It raises only what
-    signal handlers raise, such as KeyboardInterrupt.
+    It may print the notice, and store an identity or a project id. It raises only
+    exceptions from signal handlers, such as KeyboardInterrupt.
     """
     own = {} if properties is None else properties
     return _send(_Event(event_name, project_path, own))
 
 
 def _check_for_telemetry_consent(project_path: Path | None) -> bool | None:
-    """Return True for granted, False for denied, None if there is no decision."""
+    """Return True if consent is granted, False if denied, None if undecided."""
     return _find_consent(project_path).decision
 
 
 def _get_or_create_uuid() -> str:
-    """Return the user's identity, or "" if consent is denied or there can be none."""
+    """Return the user's identity, or "" if consent is denied or none can be stored."""
     if _check_for_telemetry_consent(None) is False:
         return ""
     return _get_or_create_identity()
 
 
 def _get_heap_app_id() -> str:
-    """Return the id that Heap has for Kedro, or for tests of Kedro."""
+    """Return Kedro's app id at Heap, or the one for tests of Kedro."""
     return os.environ.get("HEAP_APPID_DEV", APP_ID)
 
 
 def _get_project_properties(user_uuid: str, project_path: Path | None) -> Properties:
-    """Return the properties of every event, and create a missing project id.
+    """Return the properties that every event has, creating a missing project id.
 
-    Kedro's extension for VS Code adds them to its own events. After a denial, nothing
-    is created, and `project_id` is left out.
+    Kedro's VS Code extension adds them to its own events. After a denial, no project id
+    is created and `project_id` is omitted.
     """
     with _suppress_and_log("Reading the project"):
         is_denied = _check_for_telemetry_consent(project_path) is False
@@ -317,10 +317,10 @@ def __getattr__(name: str) -> Any:
     return ProjectMetadata
 
 
-# The entry points of kedro-telemetry, and other packages, import these two submodules.
-# A vendored copy registers itself under their names as well. Kedro imports a project's
-# settings, and so the copy, before its plugins, so the installed release is never
-# imported. If something has imported that release earlier, the names stay with it.
+# kedro-telemetry's entry points and other packages import these two submodules. A
+# vendored copy also registers itself under their names. Kedro imports a project's
+# settings, and with them the copy, before any plugins, so it never imports the
+# installed release. If something has already imported that release, it keeps the names.
 plugin = api = sys.modules[__name__]  # `mock.patch` looks them up as attributes
 if "kedro_telemetry.plugin" not in sys.modules:
     sys.modules["kedro_telemetry"] = plugin
@@ -328,24 +328,24 @@ if "kedro_telemetry.plugin" not in sys.modules:
     sys.modules["kedro_telemetry.api"] = plugin
 
 
-# The one function that every event goes through
+# The function that every event goes through
 
 
 class _Event(NamedTuple):
     """What an event is made of."""
 
     name: str
-    project_path: Path | None  # None outside of projects
-    properties: Properties  # of another plugin
-    words: list[str] | None = None  # the arguments of a command; None without one
-    catalog: Any = None  # of a session; None without one
+    project_path: Path | None  # None outside projects
+    properties: Properties  # another plugin's
+    words: list[str] | None = None  # a command's arguments, if any
+    catalog: Any = None  # a session's, if any
 
 
 def _send(event: _Event) -> bool:
     """Send an event if consent allows it; return True if Heap has accepted it.
 
     A failure loses the event but never breaks the command. The wait is outside the
-    `try`: what the user's signal handlers raise meanwhile reaches the caller.
+    `try`, so exceptions from the user's signal handlers reach the caller.
     """
     try:
         post = _start_post(event)
@@ -356,7 +356,7 @@ def _send(event: _Event) -> bool:
 
 
 def _start_post(event: _Event) -> _Post | None:
-    """Start to post an event in the background; return None if it is not to be sent."""
+    """Start posting an event in the background; return None if it is not to be sent."""
     if _is_shell_completion():
         return None
     # Not `_find_consent`: Kedro's own tests replace this function.
@@ -377,7 +377,7 @@ def _start_post(event: _Event) -> _Post | None:
 
 
 def _is_shell_completion() -> bool:
-    """Return whether click runs to complete a line in a shell, such as after TAB.
+    """Return whether click is completing a command line in a shell, as after TAB.
 
     click names the variable after the program, such as `_KEDRO_COMPLETE`, or
     `_KD_COMPLETE` for a user's script named `kd`.
@@ -402,7 +402,7 @@ def _print_for_debugging(event: _Event, decision: bool | None) -> None:
 
 
 def _log(message: str, *args: object) -> None:
-    """Log at DEBUG, which people see only if they ask for it."""
+    """Log at DEBUG level, which is shown only on request."""
     # Kedro's RichHandler reads brackets as markup unless `extra` turns that off, and
     # raises SystemExit if standard output is closed (`kedro run | head`).
     with suppress(Exception, SystemExit):
@@ -418,25 +418,25 @@ def _suppress_and_log(what: str) -> Iterator[None]:
         _log("%s failed: %s", what, type(error).__name__)
 
 
-# Files: how the parts below read and write them
+# Files: helpers to read and write them
 
 
 def _user_folders() -> list[Path]:
     """Return the user's configuration folders, such as `/home/alice/.config/kedro`.
 
-    The first of them contains the plugin's files, as in kedro-telemetry 0.9.0. A
-    decision is in all of them: VS Code from Flatpak sets XDG_CONFIG_HOME to its own
-    folder, and tox and cron unset it. A service may have no home folder, and so none.
+    The first contains the plugin's files, as in kedro-telemetry 0.9.0. A decision is
+    saved in all of them, because VS Code from Flatpak sets XDG_CONFIG_HOME to its own
+    folder, and tox and cron unset it. A service without a home folder has none.
     """
     if sys.platform == "win32":
-        # The files of 0.9.0 are in kedro\\kedro.
+        # 0.9.0 keeps its files in kedro\\kedro.
         parents = [os.path.join(os.environ.get("LOCALAPPDATA", ""), "kedro")]
     elif sys.platform == "darwin":
         parents = [os.path.expanduser("~/Library/Application Support")]
     else:
         parents = [os.environ.get("XDG_CONFIG_HOME", "")]
         parents.append(os.path.expanduser("~/.config"))
-    # By the XDG specification, an empty or relative path counts as unset.
+    # According to the XDG specification, an empty or relative path counts as unset.
     folders = [Path(parent, "kedro") for parent in parents if os.path.isabs(parent)]
     return list(dict.fromkeys(folders))
 
@@ -444,7 +444,7 @@ def _user_folders() -> list[Path]:
 def _user_file(name: str) -> Path:
     """Return the path of one of the plugin's files.
 
-    Raises OSError if the user has no home folder, as is the case for some services.
+    Raises OSError if the user has no home folder, as with some services.
     """
     folders = _user_folders()
     if not folders:
@@ -468,7 +468,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _parse_toml(content: bytes) -> dict[str, Any]:
-    """Return a TOML document. Raises ValueError if it is not one, or not UTF-8."""
+    """Return a TOML document. Raises ValueError if it is not valid TOML in UTF-8."""
     import tomllib
 
     try:
@@ -478,7 +478,7 @@ def _parse_toml(content: bytes) -> dict[str, Any]:
 
 
 def _table(parent: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a table of a TOML document or table; an empty one if there is none."""
+    """Return a table from a TOML document or table, or an empty one if missing."""
     found = parent.get(name)
     return found if isinstance(found, dict) else {}
 
@@ -486,10 +486,10 @@ def _table(parent: dict[str, Any], name: str) -> dict[str, Any]:
 def _replace(path: Path, old: bytes | None, new: bytes) -> None:
     """Replace a file in one step, if it still contains `old` (None: if there is none).
 
-    The disk may be full, and an editor may save the file at the same moment. Symbolic
-    links and the owner are preserved, and so are the mode, access lists and attributes
-    where the file system allows it. Raises OSError if the file has changed or cannot be
-    replaced.
+    The disk may be full, or an editor may save the file at the same moment. The owner
+    and symbolic links are preserved and, where the file system allows it, so are the
+    mode, access lists and attributes. Raises OSError if the file has changed or cannot
+    be replaced.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -522,7 +522,7 @@ def _copy_metadata(source: Path, target: Path) -> None:
         raise PermissionError("read-only")
     if (found.st_uid, found.st_gid) != (made.st_uid, made.st_gid):
         os.chown(target, found.st_uid, found.st_gid)
-    # Mounted drives (WSL, Azure Files) may refuse each of these. `copystat` stops at
+    # Mounted drives (WSL, Azure Files) may refuse either of these. `copystat` stops at
     # the first refusal, and copies the mode late.
     for copy in (copymode, copystat):
         with _suppress_and_log("Copying the mode or the attributes of a file"):
@@ -530,7 +530,7 @@ def _copy_metadata(source: Path, target: Path) -> None:
 
 
 def _write_empty(path: Path) -> None:
-    """Put a new empty file at `path`, even if `sudo kedro` has left root's there."""
+    """Put a new empty file at `path`, even if `sudo kedro` left one owned by root."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     path.touch()
@@ -540,14 +540,14 @@ def _write_empty(path: Path) -> None:
 
 
 class _Project:
-    """A project as `pyproject.toml` describes it at the time of construction."""
+    """A project as its `pyproject.toml` describes it when this object is created."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path  # None outside of projects
+        self.path = path  # None outside projects
         self.file = Path(path or "", "pyproject.toml")
         self.content: bytes | None = None  # None if it is absent or unreadable
-        self.tool: dict[str, Any] = {}  # its table `[tool]`
-        self.is_broken = False  # it cannot be read or parsed
+        self.tool: dict[str, Any] = {}  # its `[tool]` table
+        self.is_broken = False  # whether the file cannot be read or parsed
         if path is None:
             return
         try:
@@ -559,12 +559,12 @@ class _Project:
 
     @property
     def kedro_table(self) -> dict[str, Any]:
-        """What Kedro itself reads of the file."""
+        """The table that Kedro itself reads."""
         return _table(self.tool, "kedro")
 
     @property
     def id(self) -> Any:
-        """The id of a Kedro project, of any type; None if there is none."""
+        """The Kedro project's id, of any type; None if it has none."""
         if "kedro" not in self.tool:
             return None
         return _table(self.tool, "kedro_telemetry").get("project_id")
@@ -577,7 +577,7 @@ class _Project:
 
 
 def _loaded_package() -> str | None:
-    """Return the package of the project that Kedro has loaded last, if any."""
+    """Return the package of the last project that Kedro loaded, if any."""
     project = sys.modules.get("kedro.framework.project")
     return getattr(project, "PACKAGE_NAME", None)
 
@@ -586,7 +586,7 @@ def _package_folders(package: str) -> list[str]:
     """Return the real paths of a package's folders, without importing it."""
     from importlib.util import find_spec
 
-    # `find_spec("a.b")` would import `a`, so folders stand for the other names.
+    # `find_spec("a.b")` would import `a`, so the other names are joined as folders.
     module = sys.modules.get(package)
     if module is not None:
         return [os.path.realpath(folder) for folder in getattr(module, "__path__", [])]
@@ -600,11 +600,11 @@ def _package_folders(package: str) -> list[str]:
 
 
 class _Consent(NamedTuple):
-    """A decision (True for granted, False for denied, None for none) and its reason."""
+    """A decision (True: granted, False: denied, None: undecided) and its reason."""
 
     decision: bool | None
     reason: str
-    path: Path | None = None  # the file that the reason is about; None for no file
+    path: Path | None = None  # the file that the reason refers to, if any
 
     @property
     def text(self) -> str:
@@ -616,7 +616,7 @@ NO_DECISION = _Consent(None, "on by default: no opt-out and no opt-in found")
 
 
 def _find_consent(project_path: Path | None) -> _Consent:
-    """Return the first denial of all sources, or else the first grant."""
+    """Return the first denial from any source, or else the first grant."""
     found = NO_DECISION
     try:
         for consent in _consent_sources(project_path):
@@ -630,12 +630,12 @@ def _find_consent(project_path: Path | None) -> _Consent:
 
 
 def _consent_sources(project_path: Path | None) -> Iterator[_Consent]:
-    """Yield what each source decides, the quickest first. Add a new source here."""
+    """Yield each source's decision, quickest first. Add a new source here."""
     yield _environment_consent()
     for path in _consent_files(project_path):
         yield _file_consent(path)
     project = _Project(project_path)
-    if project.is_broken:  # its settings cannot be found, and might deny
+    if project.is_broken:  # its settings might deny consent but cannot be found
         yield _Consent(False, "this file cannot be read", project.file)
     yield _imported_settings_consent(project)
     for path in _other_settings_files(project):
@@ -646,7 +646,7 @@ def _environment_consent() -> _Consent:
     for name in OPT_OUT_VARIABLES:
         if name in os.environ:  # any value opts out, even "", "0" or "false"
             return _Consent(False, f"{name} is set")
-    # Kedro goes by this variable once it has loaded a project. VS Code loads none.
+    # Kedro applies this variable once it has loaded a project. VS Code loads none.
     if _may_name_this_plugin(os.environ.get(f"DYNACONF_{HOOK_SWITCH}", "")):
         return _Consent(False, f"DYNACONF_{HOOK_SWITCH} names {PLUGIN_NAME}")
     if os.environ.get("GITHUB_REPOSITORY_OWNER") == "kedro-org":  # Kedro's own CI
@@ -657,21 +657,21 @@ def _environment_consent() -> _Consent:
 def _consent_files(project_path: Path | None) -> Iterable[Path]:
     """Return the `.telemetry` files that count.
 
-    The notice of kedro-telemetry 0.9.0 asked people to put it into the current
-    directory. No folder above is read: in a folder of an automounter (`/home`, `/net`)
-    that can take a minute.
+    The notice in kedro-telemetry 0.9.0 asked people to put one in the current
+    directory. Parent folders are not read: below an automounter (`/home`, `/net`), that
+    can take a minute.
     """
     folders = _user_folders()
     with _suppress_and_log("Finding the current directory"):  # it may have been deleted
         folders.append(Path.cwd())
     if project_path is not None:
         folders.append(Path(project_path))
-    # Most commands run in the project's root, whose file is then read once.
+    # Most commands run in the project root, whose file is then read only once.
     return dict.fromkeys(folder / ".telemetry" for folder in folders)
 
 
 def _file_consent(path: Path) -> _Consent:
-    """Return what a `.telemetry` file decides; one that cannot be read denies."""
+    """Return a `.telemetry` file's decision; an unreadable file denies consent."""
     try:
         # `Set-Content -Encoding utf8` of Windows PowerShell 5 writes a byte order mark.
         decision = _parse_consent((_read(path) or b"").decode("utf-8-sig"))
@@ -684,10 +684,10 @@ def _file_consent(path: Path) -> _Consent:
 
 
 def _parse_consent(text: str) -> bool | None:
-    """Return True if all that a text says is `consent: true`, None if it says nothing.
+    """Return True if a text says only `consent: true`, None if it says nothing.
 
-    Anything else denies, such as a merge conflict, or the `DO_NOT_TRACK=1` that someone
-    wrote into a `.telemetry`. Blank lines and comments say nothing.
+    Anything else denies consent, such as a merge conflict, or `DO_NOT_TRACK=1`, which
+    someone put in a `.telemetry`. Blank lines and comments say nothing.
     """
     pairs = []
     for line in re.split("[\r\n]+", text.lower()):
@@ -701,16 +701,16 @@ def _parse_consent(text: str) -> bool | None:
 
 
 def _unquote(text: str) -> str:
-    """Return a key or a value without blanks and one matching pair of quotes."""
+    """Return a key or value without outer blanks and one matching pair of quotes."""
     return re.sub(r"""^(["'])(.*)\1$""", r"\2", text.strip(" \t"))
 
 
 def _imported_settings_consent(project: _Project) -> _Consent:
-    """Return what the settings decide that this process has imported.
+    """Return the decision in the settings that this process has imported.
 
-    They are the project's own if it has imported them: a web service may have loaded
-    another project since. Otherwise, they are those of the project that Kedro has
-    loaded, such as a packaged one that runs in the folder of this project.
+    If the project's own settings are imported, they count, even if a web service has
+    since loaded another project. Otherwise, the settings of the project that Kedro has
+    loaded count, such as a packaged one that runs in this project's folder.
     """
     loaded = _loaded_package()
     is_own = f"{project.package}.settings" in sys.modules
@@ -722,7 +722,7 @@ def _imported_settings_consent(project: _Project) -> _Consent:
             file = Path(str(names.get("__file__")))
             return _Consent(False, f"this file names {variable}", file)
     switch = names.get(HOOK_SWITCH, ())
-    if loaded is not None and package == loaded:  # Kedro knows dynaconf's files as well
+    if loaded is not None and package == loaded:  # Kedro also reads dynaconf's files
         switch = getattr(sys.modules["kedro.framework.project"].settings, HOOK_SWITCH)
     if _may_name_this_plugin(switch):
         return _Consent(False, f"Kedro's setting {HOOK_SWITCH} names {PLUGIN_NAME}")
@@ -730,10 +730,10 @@ def _imported_settings_consent(project: _Project) -> _Consent:
 
 
 def _may_name_this_plugin(switch: object) -> bool:
-    """Return whether a value of Kedro's switch may name this plugin.
+    """Return whether a value of Kedro's hook switch may name this plugin.
 
-    People write a tuple, or `("kedro-telemetry")`, which is a text. Some write the name
-    with an underscore. Other types may hide what they contain, as a generator does.
+    People write a tuple, or `("kedro-telemetry")`, which is a string. Some use an
+    underscore. Other types, such as generators, may hide their contents.
     """
     if not isinstance(switch, (list, tuple, set, frozenset, str)):
         return True
@@ -741,11 +741,11 @@ def _may_name_this_plugin(switch: object) -> bool:
 
 
 def _other_settings_files(project: _Project) -> Iterator[Path]:
-    """Yield where there may be settings that this process has not imported.
+    """Yield possible settings files that this process has not imported.
 
-    Kedro's extension for VS Code and kedro-skills ask in processes that load no
-    project. Kedro itself carries on without settings that it failed to import. Two
-    checkouts, or an installed package and its checkout, share the name of a package.
+    Kedro's VS Code extension and kedro-skills check consent in processes that load no
+    project. Kedro itself carries on if it cannot import the settings. Two checkouts, or
+    an installed package and its checkout, share a package name.
     """
     folders = []
     imported = None
@@ -765,17 +765,17 @@ def _other_settings_files(project: _Project) -> Iterator[Path]:
 
 
 def _source_consent(path: Path) -> _Consent:
-    """Return what the source of settings decides, without running it.
+    """Return the decision in the source code of settings, without running it.
 
-    Any mention of a name that can deny does so, except in lines that are comments:
-    Kedro's template has such lines. What `import *` brings along is unknown.
+    Any mention of a name that can deny consent does so, except in comment lines, which
+    Kedro's template has. So does `import *`, because what it imports is unknown.
     """
     try:
         lines = (_read(path) or b"").splitlines()
     except Exception:
         return _Consent(False, "this file cannot be read", path)
     code = [line for line in lines if not line.lstrip().startswith(b"#")]
-    text = b"\n".join(code).decode("latin-1")  # which takes any bytes
+    text = b"\n".join(code).decode("latin-1")  # which accepts any bytes
     for name in (*OPT_OUT_VARIABLES, HOOK_SWITCH):
         if re.search(rf"(?a)\b{name}\b", text):
             return _Consent(False, f"this file names {name}", path)
@@ -790,7 +790,7 @@ def _source_consent(path: Path) -> _Consent:
 def _show_notice() -> None:
     """Print the notice until somebody has seen it.
 
-    Not on CI machines: Azure Pipelines may fail a job for text on standard error.
+    Never on CI machines: Azure Pipelines may fail a job that writes to standard error.
     """
     if _is_ci_env():
         return
@@ -800,7 +800,7 @@ def _show_notice() -> None:
     # Standard error may be full or closed; pythonw and services have none.
     with _suppress_and_log("Showing the notice"):
         click.echo(NOTICE, err=True)
-        # After `2> /dev/null`, or in a scheduler's job, it goes unseen.
+        # With `2> /dev/null`, or in a scheduled job, nobody sees it.
         is_notebook = type(sys.stderr).__module__.startswith("ipykernel.")
         if is_notebook or sys.stderr.isatty():
             _write_empty(_user_file("telemetry.notice"))
@@ -812,14 +812,14 @@ def _show_notice() -> None:
 def _may_create_ids() -> bool:
     """Return whether missing ids may be stored.
 
-    Each new CI container would count as a user, and a CI checkout must not change.
-    Debug mode changes nothing.
+    Each new CI container would otherwise count as a user. CI checkouts must not change,
+    and debug mode changes nothing.
     """
     return not (_is_ci_env() or _is_debug_mode())
 
 
 def _get_or_create_identity() -> str:
-    """Return or create the user's identity; "" if none may or can be stored."""
+    """Return or create the user's identity; "" if none is allowed or can be stored."""
     from uuid import uuid4
 
     with _suppress_and_log("Storing the identity"):
@@ -852,7 +852,7 @@ def _identity_in(content: bytes | None) -> str:
 
 
 def _get_or_create_hashed_project_id(project: _Project) -> str | None:
-    """Return the hash of a project's id and package, None if the project has no id."""
+    """Return the hash of a project's id and package; None if the project has no id."""
     from hashlib import sha512
 
     project_id = project.id
@@ -863,18 +863,18 @@ def _get_or_create_hashed_project_id(project: _Project) -> str | None:
         project_id = _Project(project.path).id
     if project_id is None:
         return None
-    # As in kedro-telemetry 0.9.0, which keeps the hash the same. The declared name
-    # comes first: a web service may since have loaded another project.
+    # This keeps the hash the same as in kedro-telemetry 0.9.0. The declared name comes
+    # first, because a web service may since have loaded another project.
     loaded = _loaded_package()
     package = (project.package or loaded) if loaded else "undefined_package_name"
     return sha512(f"{project_id}{package}".encode()).hexdigest()
 
 
 def _add_project_id(project: _Project) -> None:
-    """Write a new id into a table at the end of a Kedro project's `pyproject.toml`.
+    """Add a table with a new id to the end of a Kedro project's `pyproject.toml`.
 
-    A file that has such a table stays as it is. Raises ValueError if the file would not
-    parse with it, and OSError if it cannot be replaced.
+    A file that already has the table is left unchanged. Raises ValueError if the table
+    would make the file invalid, and OSError if the file cannot be replaced.
     """
     from uuid import uuid4
 
@@ -886,7 +886,7 @@ def _add_project_id(project: _Project) -> None:
     gap = newline if content.endswith(b"\n") else newline * 2
     lines = ("[tool.kedro_telemetry]", f'project_id = "{uuid4().hex}"', "")
     edited = content + (gap + newline.join(lines)).encode()
-    _parse_toml(edited)  # raises where `tool = {...}` takes no more tables
+    _parse_toml(edited)  # raises if an inline `tool = {...}` allows no more tables
     _replace(project.file, content, edited)
 
 
@@ -894,11 +894,11 @@ def _add_project_id(project: _Project) -> None:
 
 
 def _create_body(event: _Event) -> dict[str, Any]:
-    """Return an event as Heap receives it, and create the ids that are missing."""
+    """Return an event as Heap receives it, creating any missing ids."""
     project = _Project(event.project_path)
-    # Another plugin names the project of its event. Kedro takes the current directory
-    # for a packaged project, which may run in the folder of another one. The project is
-    # the right one if Kedro has loaded none or this one, the last time or earlier.
+    # Other plugins name the project of their event. For a packaged project, Kedro uses
+    # the current directory, which may belong to another project. The project is the
+    # right one if Kedro has loaded no project, or has loaded this one at any time.
     if event.name in (COMMAND_EVENT, SESSION_EVENT):
         loaded = _loaded_package()
         is_own = loaded in (None, project.package) or project.package in sys.modules
@@ -924,14 +924,14 @@ def _create_body(event: _Event) -> dict[str, Any]:
 
 
 def _for_heap(properties: Properties) -> Properties:
-    """Return properties with values that Heap takes, without those that are None."""
+    """Return properties with values that Heap accepts, omitting those that are None."""
     accepted: Properties = {}
     for key, value in properties.items():
         if value is None:
             continue
         with _suppress_and_log("Converting a property"):  # `str()` of a huge int fails
             is_number = isinstance(value, (int, float))
-            # JSON has no inf and nan, and Heap no larger numbers.
+            # JSON has no inf or nan, and Heap accepts no larger numbers.
             is_sent = is_number and abs(value) <= sys.float_info.max
             text = str(value)[:LONGEST_TEXT]
             accepted[str(key)[:LONGEST_TEXT]] = value if is_sent else text
@@ -941,8 +941,8 @@ def _for_heap(properties: Properties) -> Properties:
 def _base_properties(
     user_uuid: str, project: _Project, project_id: str | None
 ) -> Properties:
-    """Return the properties of every event. Add a new one here."""
-    example = project.kedro_table.get("example_pipeline")  # a boolean, or its text
+    """Return the properties that every event has. Add a new one here."""
+    example = project.kedro_table.get("example_pipeline")  # a boolean, or one as text
     return {
         "username": user_uuid,
         "project_version": _kedro_version(),
@@ -957,8 +957,8 @@ def _base_properties(
 
 
 def _kedro_version() -> str | None:
-    """Return the version of Kedro, None if Kedro cannot be imported."""
-    # On a Python that Kedro does not support yet, it raises a warning as an exception.
+    """Return Kedro's version; None if Kedro cannot be imported."""
+    # On a Python that it does not support yet, Kedro raises a warning as an exception.
     with _suppress_and_log("Importing Kedro"):
         from kedro import __version__ as version
 
@@ -972,19 +972,19 @@ def _is_ci_env() -> bool:
 
 
 def _public_tools(written: object) -> str | None:
-    """Return the tools of Kedro that an array names; None if it names none.
+    """Return the Kedro tools that an array names; None if it names none.
 
-    Kedro writes the array as text: `"['Linting', 'Testing']"`. People add the names of
-    clients, which must not be sent.
+    Kedro writes the array as a string: `"['Linting', 'Testing']"`. People add client
+    names, which must not be sent.
     """
     names = [name.strip() for name in re.split(r"[][,'\"]", str(written))]
     return ", ".join(name for name in names if name in KEDRO_TOOLS) or None
 
 
 def _session_properties(catalog: Any, project: _Project) -> Properties:
-    """Return the properties of a session. Add a new one here.
+    """Return a session's properties. Add a new one here.
 
-    A later Kedro may drop a private name that one part uses. The others stay.
+    A later Kedro version may drop a private name that one part uses. The others stay.
     """
     properties: Properties = {}
     with _suppress_and_log("Counting the datasets"):
@@ -999,7 +999,7 @@ def _session_properties(catalog: Any, project: _Project) -> Properties:
 
 
 def _dataset_names(catalog: Any) -> list[str]:
-    """Return the names of a catalog's entries, without parameters."""
+    """Return the names of a catalog's datasets, excluding parameters."""
     names = catalog.keys() if hasattr(catalog, "keys") else catalog.list()  # Kedro < 1
     return [n for n in names if n != "parameters" and not str(n).startswith("params:")]
 
@@ -1007,14 +1007,14 @@ def _dataset_names(catalog: Any) -> list[str]:
 def _pipeline_counts(project: _Project) -> Properties:
     """Count pipelines and nodes if Kedro has loaded all of them.
 
-    Loading them runs the user's code, which may take long, print or raise. Kedro has
-    only the pipelines of the project that it loaded last.
+    Loading them runs the user's code, which may be slow, print or raise. Kedro keeps
+    only the pipelines of the last project that it loaded.
     """
     from kedro.framework.project import pipelines
 
     if project.package not in (None, _loaded_package()):
         return {}
-    # Since Kedro 1.5, `kedro run --pipelines x` requests x and loads nothing else.
+    # Since Kedro 1.5, `kedro run --pipelines x` loads only x.
     requested = getattr(pipelines, "_requested_pipelines", None)
     if requested or not pipelines._is_data_loaded:
         return {}
@@ -1026,7 +1026,7 @@ def _pipeline_counts(project: _Project) -> Properties:
 
 
 def _dataset_type_counts(catalog: Any) -> Properties:
-    """Count the datasets of each public type; catalogs know types since Kedro 1.0."""
+    """Count datasets by public type, which catalogs can report since Kedro 1.0."""
     if not hasattr(catalog, "get_type"):
         return {}
     configs = getattr(getattr(catalog, "config_resolver", None), "config", {})
@@ -1038,14 +1038,14 @@ def _dataset_type_counts(catalog: Any) -> Properties:
         with _suppress_and_log("Finding the type of a dataset"):
             if name in configs:
                 found = declared_type(configs[name]["type"])
-            else:  # the user's code has added it, and so has imported its class
+            else:  # the user's code added it, so its class is already imported
                 found = _public_type(catalog.get_type(name))
         counts[f"dataset_type_count.{found}"] += 1
     return dict(counts)
 
 
 def _public_type(class_name: object) -> str:
-    """Return the full name of a class of Kedro or kedro-datasets, or else CUSTOM."""
+    """Return the full name of a Kedro or kedro-datasets class, or else CUSTOM."""
     name = str(class_name)
     return name if re.fullmatch(PUBLIC_CLASS, name) else CUSTOM
 
@@ -1066,7 +1066,7 @@ def _declared_type(declared: str | type) -> str:
 
 
 def _class_in_sources(dotted_name: str) -> str | None:
-    """Find a public class in source files, and return its full name; None for none."""
+    """Return the full name of a public class in the source files; None if not found."""
     match = re.fullmatch(PUBLIC_CLASS, dotted_name)
     if match is None:
         return None
@@ -1079,7 +1079,7 @@ def _class_in_sources(dotted_name: str) -> str | None:
 
 
 def _validator_counts(catalog: Any) -> Properties:
-    """Count the validators of each public library, which Kedro has since 1.6."""
+    """Count validators by public library; Kedro has had them since 1.6."""
     specs = getattr(catalog, "validator_specs", None) or {}
     counts: Counter[str] = Counter()
     for spec in specs.values():
@@ -1093,9 +1093,9 @@ def _validator_counts(catalog: Any) -> Properties:
 
 
 def _mask(words: list[str]) -> list[str]:
-    """Replace with MASK each word that neither Kedro nor an installed plugin defines.
+    """Mask each word that neither Kedro nor an installed plugin defines.
 
-    Commands, the names of the last command's options and Kedro's own starters stay.
+    Commands, the last command's option names and Kedro's own starters stay readable.
     """
     commands = _known_commands(words)
     options = _option_names(commands)
@@ -1110,7 +1110,7 @@ def _mask(words: list[str]) -> list[str]:
 
 
 def _known_commands(words: list[str]) -> list[click.Command]:
-    """Return the public commands that `words` begins with, the outermost first."""
+    """Return the public commands that `words` begins with, outermost first."""
     commands: list[click.Command] = []
     groups: Iterable[Any] = _public_groups()
     for word in words:
@@ -1123,7 +1123,7 @@ def _known_commands(words: list[str]) -> list[click.Command]:
 
 
 def _public_groups() -> Iterator[Any]:
-    """Yield Kedro's groups of commands, then those of plugins that Kedro has loaded."""
+    """Yield Kedro's command groups, then those of plugins that Kedro has loaded."""
     from importlib.metadata import entry_points
 
     from kedro.framework.cli import cli as cli_module
@@ -1135,28 +1135,28 @@ def _public_groups() -> Iterator[Any]:
         for entry_point in entry_points(group=name):
             if entry_point.module not in sys.modules:
                 continue  # Kedro could not import it
-            with suppress(Exception, SystemExit):  # it may lack the name
+            with suppress(Exception, SystemExit):  # the module may lack the name
                 yield entry_point.load()
 
 
 def _find_command(groups: Iterable[Any], name: str) -> click.Command | None:
-    """Return the public command `name` of one of `groups`, None if none has it."""
+    """Return the public command `name` from one of `groups`; None if none has it."""
     for group in groups:
         try:
             command: click.Command | None = group.get_command(
                 click.Context(group), name
             )
-            # click-default-group answers to any word with one of its commands.
+            # click-default-group resolves any unknown word to its default command.
             if command and command.name == name and _is_public(command, group):
                 return command
         except (Exception, SystemExit) as error:
-            # A plugin may import the command now, and exit.
+            # A plugin may import the command only now, and exit.
             _log("Looking up a command failed: %s", type(error).__name__)
     return None
 
 
 def _is_public(command: click.Command, group: click.Command) -> bool:
-    """Return whether Kedro or a plugin, and not the project, defines a command."""
+    """Return whether Kedro or a plugin, rather than the project, defines a command."""
     file = _source_file(command)
     # A project may add its own commands to Kedro's groups.
     if _is_in_package(_source_file(group), "kedro"):
@@ -1165,7 +1165,7 @@ def _is_public(command: click.Command, group: click.Command) -> bool:
 
 
 def _source_file(command: click.Command) -> Path | None:
-    """Return the file of the code behind a command, None if it has none.
+    """Return the file that contains a command's code; None if there is none.
 
     `__module__` does not say who defines a command: kedro-databricks has modules named
     `run` and `init`.
@@ -1184,7 +1184,7 @@ def _is_in_package(file: Path | None, package: str | None) -> bool:
 
 
 def _option_names(commands: list[click.Command]) -> set[str]:
-    """Return the names of the options of the last command, or of `kedro` itself."""
+    """Return the option names of the last command, or of `kedro` itself."""
     from kedro.framework.cli.cli import cli
 
     command = commands[-1] if commands else cli
@@ -1205,7 +1205,7 @@ def _split_at_equals_sign(words: list[str], options: set[str]) -> list[str]:
 
 
 def _is_official_starter(option: str, value: str) -> bool:
-    """Return whether `value` is one of Kedro's own starters, not of a plugin's."""
+    """Return whether `value` is one of Kedro's own starters, not a plugin's."""
     if option not in ("-s", "--starter"):
         return False
     starters = sys.modules.get("kedro.framework.cli.starters")
@@ -1218,14 +1218,14 @@ def _is_official_starter(option: str, value: str) -> bool:
 
 
 class _Post(threading.Thread):
-    """Posts an event in a daemon thread, because any step of a post can hang.
+    """Posts an event in a daemon thread, because any step of it can hang.
 
-    Looking up names and reading certificates have no time-out. The thread neither logs
-    nor imports modules (`__init__` has imported what it needs): while Python shuts
-    down, either can abort the process.
+    Name look-ups and reading certificates have no timeout. The thread does not log or
+    import modules (`__init__` has imported what it needs), because either can abort the
+    process while Python shuts down.
     """
 
-    # When this process began its back-off, in seconds since the epoch. It counts where
+    # When this process began its back-off, in seconds since the epoch. It applies if
     # `_write_back_off` cannot write its file, for example in a read-only home folder.
     back_off_start = 0.0
 
@@ -1234,14 +1234,14 @@ class _Post(threading.Thread):
         from importlib import import_module
 
         super().__init__(daemon=True)
-        # Sentry would add the request to the user's trace, which a context carries.
+        # Without this, Sentry would add the request to the trace in the user's context.
         self.empty_context = Context()
         self.identity = body["properties"]["username"]  # "" if there is none
         self.content = json.dumps(body)
         self.status: int | None = None  # None until Heap has answered
         self.outcome = "no answer in time"
         self.is_over = False  # whether the caller has stopped waiting
-        # What the functions below import, and what Python itself needs for a host
+        # Modules for the functions below, and the codec that Python needs for a host
         for name in ("encodings.idna", "http.client", "ssl", "urllib.request"):
             import_module(name)
         with suppress(Exception):  # it may not be installed
@@ -1250,14 +1250,14 @@ class _Post(threading.Thread):
 
     def run(self) -> None:
         try:
-            # If a user sets SIGPIPE to its default for `| head`, a connection that Heap
-            # closes would end the process.
+            # If a user resets SIGPIPE to its default for `| head`, a connection closed
+            # by Heap would otherwise end the process.
             with suppress(AttributeError):  # Windows has no such signal
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
             self.status = self.empty_context.run(_post, self)
             self.outcome = str(self.status)
         except Exception as error:
-            # urllib wraps most errors. Their texts may contain a password for a proxy.
+            # urllib wraps most errors. Their text may contain a proxy password.
             reason = getattr(error, "reason", None)
             cause = reason if isinstance(reason, Exception) else error
             self.outcome = type(cause).__name__
@@ -1265,19 +1265,19 @@ class _Post(threading.Thread):
     def raise_if_over(self) -> None:
         """Raise TimeoutError if the caller has stopped waiting.
 
-        The process may then end, and a thread that is inside OpenSSL meanwhile can
-        crash it (CPython issue 114653).
+        The process may then end, and a thread that is still inside OpenSSL can crash it
+        (CPython issue 114653).
         """
         if self.is_over:
             raise TimeoutError
 
 
 def _wait_for(post: _Post) -> bool:
-    """Wait for a post until the deadline; return True if Heap has accepted the event.
+    """Wait for Heap until the deadline; return True if it has accepted the event.
 
-    A firewall that swallows packets must not delay each command. So the back-off starts
-    if there is no answer and more than a quarter of the deadline (half a second) has
-    passed, whether the post still hangs or has failed. A slow answer does not start it.
+    A firewall that drops packets must not delay every command. The back-off therefore
+    starts after more than a quarter of the deadline (half a second) without an answer,
+    even if the request has failed. A slow answer does not start it.
     """
     try:
         post.join(DEADLINE)
@@ -1297,12 +1297,12 @@ def _wait_for(post: _Post) -> bool:
 
 
 def _post(post: _Post) -> int:
-    """Post an event and return the status of the answer. No redirect is followed.
+    """Post an event and return the answer's status, without following redirects.
 
-    `urlopen` would do the same in one call, through an OpenerDirector. OpenTelemetry
-    wraps that, prints a span, and waits for the user's exporter. So this function calls
-    the handlers that an OpenerDirector calls: `ProxyHandler.proxy_open`, which puts a
-    proxy into the request, and `HTTPSHandler.do_open`, which posts it.
+    `urlopen` would do the same in one call through an OpenerDirector, but OpenTelemetry
+    wraps that, prints a span and waits for the user's exporter. This function therefore
+    calls the same handlers itself: `ProxyHandler.proxy_open`, which applies a proxy to
+    the request, and `HTTPSHandler.do_open`, which posts it.
     """
     from ssl import SSLCertVerificationError
     from urllib.error import URLError
@@ -1325,10 +1325,10 @@ def _post(post: _Post) -> int:
 
 
 def _create_request(content: bytes) -> Request:
-    """Return the request, through the user's proxy as urllib finds it.
+    """Return the request, routed through the proxy that urllib finds.
 
-    `ALL_PROXY` counts as well, as it does for requests. Raises NotImplementedError for
-    a SOCKS proxy: its users want no direct connection, and not even a look-up of names.
+    `ALL_PROXY` also counts, as in the requests library. Raises NotImplementedError for
+    a SOCKS proxy, because its users want no direct connections, not even name look-ups.
     """
     from urllib.request import ProxyHandler, Request, getproxies
 
@@ -1337,7 +1337,7 @@ def _create_request(content: bytes) -> Request:
         "User-Agent": f"kedro-telemetry/{__version__}",
     }
     request = Request(ENDPOINT, content, headers)
-    # `do_open` reads this. It limits each operation, so the thread ends by itself.
+    # `do_open` applies this to each operation, so the thread ends by itself.
     request.timeout = 2 * DEADLINE
     proxies = getproxies()
     proxy = proxies.get("https") or proxies.get("all") or ""
@@ -1350,11 +1350,11 @@ def _create_request(content: bytes) -> Request:
 
 
 def _create_connection_class() -> type[HTTPSConnection]:
-    """Return a class of connections that send the plugin's own headers and no others.
+    """Return a connection class that sends only the plugin's own headers.
 
     Sentry and OpenTelemetry add headers that describe the user's project. Raises
-    NotImplementedError if another library has replaced the connections of http.client:
-    vcrpy records what they send into the user's cassettes.
+    NotImplementedError if another library has replaced http.client's connections: vcrpy
+    records what they send in the user's cassettes.
     """
     from http.client import HTTPSConnection
 
@@ -1372,10 +1372,10 @@ def _create_connection_class() -> type[HTTPSConnection]:
 def _ssl_contexts(post: _Post) -> Iterator[SSLContext]:
     """Yield contexts for verifying Heap: a quick one, then a thorough one.
 
-    The first one trusts a folder of hashed certificates, such as Debian's, where
-    OpenSSL reads only the authority that it needs. Reading all of them takes 20 ms or
-    more. The folder may contain only a company's authority, so the second one trusts
-    all that the platform trusts.
+    The first trusts a folder of hashed certificates, such as Debian's, from which
+    OpenSSL reads only the authority that it needs. Reading them all takes 20 ms or
+    more. The folder may contain only a company's authority, so the second trusts
+    everything that the platform trusts.
     """
     import ssl
 
@@ -1383,27 +1383,27 @@ def _ssl_contexts(post: _Post) -> Iterator[SSLContext]:
     folders = os.environ.get("SSL_CERT_DIR") or paths.openssl_capath
     hashed_file = _find_hashed_file(folders)
     if hashed_file is not None:
-        # If the folder hangs, the thread must hang here, and not inside OpenSSL.
+        # If the folder hangs, the thread must hang here, not inside OpenSSL.
         _read_certificates(hashed_file)
         yield _create_context(post, folders)
     context = _create_context(post, folders)
-    if sys.platform == "win32":  # which has certificates of its own
+    if sys.platform == "win32":  # it has its own certificate store
         context.load_default_certs()
     file = os.environ.get("SSL_CERT_FILE") or paths.openssl_cafile
     _trust_certificates(file, context, post)
-    # A Python for macOS from python.org has no authorities until its user installs
-    # them. Somebody who sets one of the variables wants no others.
+    # Python from python.org has no authorities on macOS until the user installs them.
+    # Anyone who sets one of the variables wants no others.
     is_set = os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")
     certifi = sys.modules.get("certifi")
     if certifi and not (is_set or hashed_file):
-        with suppress(NotImplementedError):  # by truststore, which asks the system
+        with suppress(NotImplementedError):  # from truststore, which asks the system
             if context.cert_store_stats()["x509"] == 0:
                 _trust_certificates(certifi.where(), context, post)
     yield context
 
 
 def _find_hashed_file(folders: str) -> str | None:
-    """Return a file with a name such as `1a2b3c4d.0`, by which OpenSSL finds it.
+    """Return a file with a name such as `1a2b3c4d.0`, which OpenSSL looks up.
 
     `dotnet dev-certs` asks people to set SSL_CERT_DIR to a list of folders.
     """
@@ -1416,10 +1416,10 @@ def _find_hashed_file(folders: str) -> str | None:
 
 
 def _create_context(post: _Post, folders: str) -> SSLContext:
-    """Return a context that trusts the hashed certificates in some folders.
+    """Return a context that trusts the hashed certificates in the given folders.
 
-    Some platforms trust only an intermediate authority, which suffices by default since
-    Python 3.13. The other flag that 3.13 sets would refuse Zscaler's authority.
+    Some platforms trust only an intermediate authority, which Python accepts by default
+    since 3.13. The other flag that 3.13 sets would reject Zscaler's authority.
     """
     import ssl
 
@@ -1431,11 +1431,11 @@ def _create_context(post: _Post, folders: str) -> SSLContext:
 
 
 def _trust_certificates(path: str, context: SSLContext, post: _Post) -> None:
-    """Let a context trust all certificates in a file.
+    """Make a context trust all the certificates in a file.
 
-    If OpenSSL read the file, it could take long, and the process could end meanwhile.
-    It takes a single certificate from memory in less than a millisecond, and keeps the
-    GIL, without which the process cannot end.
+    OpenSSL could be slow to read the file itself, and the process could end meanwhile.
+    Loading one certificate from memory takes it less than a millisecond, during which
+    it holds the GIL, without which the process cannot end.
     """
     import ssl
 
@@ -1448,10 +1448,10 @@ def _trust_certificates(path: str, context: SSLContext, post: _Post) -> None:
 
 
 def _read_certificates(path: str) -> bytes:
-    """Return the content of a file of certificates; nothing if it cannot be read.
+    """Return the content of a certificate file, or nothing if it cannot be read.
 
-    This may never return, but a thread blocked in Python's own read cannot crash a
-    process that ends.
+    This may never return, but a thread blocked in Python's own read cannot crash the
+    process as it ends.
     """
     with suppress(OSError), open(path, "rb") as file:
         return file.read(LARGEST_BUNDLE)
@@ -1459,7 +1459,7 @@ def _read_certificates(path: str) -> bytes:
 
 
 def _write_back_off() -> None:
-    """Start the back-off for all of the user's processes, or else for this one."""
+    """Start the back-off for all the user's processes, or else for this one."""
     try:
         _write_empty(_user_file("telemetry.backoff"))
     except Exception as error:
@@ -1468,7 +1468,7 @@ def _write_back_off() -> None:
 
 
 def _back_off_end() -> float | None:
-    """Return when the back-off ends, in seconds since the epoch; None without one."""
+    """Return when the back-off ends, in seconds since the epoch; None if it is over."""
     start = _Post.back_off_start
     with suppress(OSError):  # there is no such file, or no home folder
         start = max(start, _user_file("telemetry.backoff").stat().st_mtime)
@@ -1480,7 +1480,7 @@ def _back_off_end() -> float | None:
 
 
 class _TelemetryGroup(click.Group):
-    """A group that names its commands when a user guesses a wrong one."""
+    """A command group that suggests its commands after a wrong guess."""
 
     def resolve_command(
         self, context: click.Context, words: list[str]
@@ -1550,7 +1550,7 @@ def _status(project_metadata: Any) -> None:
 
 
 def _print_field(label: str, text: str) -> None:
-    """Print one value of the status, with further lines below its first one."""
+    """Print one status field, with any further lines aligned below the first."""
     label += ":"
     click.echo(f"{label:13}" + text.replace("\n", "\n" + " " * 13))
 
@@ -1570,19 +1570,19 @@ def _disable() -> None:
     """Opt out for all your projects."""
     advice = "set DO_NOT_TRACK=1 in your environment."
     _write_decision("false", f"\nTo opt out instead, {advice}")
-    click.echo("Versions of kedro-telemetry before 1.0 ignore it.")
-    click.echo(f"To opt out of those as well, {advice}")
+    click.echo("Versions of kedro-telemetry before 1.0 ignore this decision.")
+    click.echo(f"To opt out in those versions as well, {advice}")
 
 
-# Words that people try; the help does not list them
+# Words that people try, hidden from the help
 _telemetry.add_command(click.Command("on", callback=_enable.callback, hidden=True))
 _telemetry.add_command(click.Command("off", callback=_disable.callback, hidden=True))
 
 
 def _write_decision(decision: str, advice: str = "") -> None:
-    """Save `consent: decision` for all of the user's projects, and print where.
+    """Save `consent: decision` for all the user's projects, and print where.
 
-    Raises ClickException if it can be saved in none of the user's folders.
+    Raises ClickException if it cannot be saved in any of the user's folders.
     """
     if not _user_folders():
         message = f"Nothing has changed, because there is no home folder.{advice}"
@@ -1595,7 +1595,7 @@ def _write_decision(decision: str, advice: str = "") -> None:
             _replace(path, _read(path), f"consent: {decision}\n".encode())
             saved.append(f"{path}")
         except Exception as error:
-            # The whole text of an OSError may name a temporary file.
+            # The full text of an OSError may name a temporary file.
             reason = getattr(error, "strerror", None) or error
             failures.append(f"{path}\nReason: {reason}")
     not_saved = "\n".join(["Could not save to:", *failures])
@@ -1611,10 +1611,10 @@ def _write_decision(decision: str, advice: str = "") -> None:
 def _add_telemetry_command(is_in_project: bool) -> None:
     """Add `kedro telemetry` to Kedro's own commands.
 
-    In a project, a command that the project or a plugin defines under this name takes
+    In a project, a command of the same name from the project or a plugin takes
     precedence. An entry point in `kedro.global_commands` would fail Kedro's own tests,
-    which count the groups. It would not serve a vendored copy either: the installed
-    release may be 0.9.0, whose entry points are hooks.
+    which count the groups. Nor would it help a vendored copy: the installed release may
+    be 0.9.0, whose entry points are hooks.
     """
     from kedro.framework.cli import cli as cli_module
 

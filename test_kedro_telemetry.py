@@ -1,10 +1,11 @@
 """The specification of kedro-telemetry, in the order of the module.
 
-What is sent here goes through a proxy to a TLS server that plays Heap, both on
-loopback. Commands run by click's CliRunner, or as processes where the process matters.
+Everything sent here goes through a proxy to a TLS server that stands in for Heap, both
+on loopback. Commands run in click's CliRunner, or as processes where the process
+matters.
 
-The module and this file can be copied alone. What needs README.md, or the metadata of
-this release, is then skipped.
+The module and this file also work on their own. Tests that need README.md or this
+release's metadata are then skipped.
 """
 
 import calendar
@@ -64,7 +65,7 @@ PROJECT_ID = "a" * 32
 OTHER_PROJECT_ID = "b" * 32
 HOUR = 3600
 
-# Made for these tests, valid until 2120: heapanalytics.com, its own authority
+# A self-signed certificate for heapanalytics.com, for these tests, valid until 2120
 HEAP_PEM = """\
 -----BEGIN CERTIFICATE-----
 MIIBiTCCAS+gAwIBAgIBATAKBggqhkjOPQQDAjAcMRowGAYDVQQDDBFoZWFwYW5hbHl0aWNzLmNv
@@ -83,9 +84,9 @@ ZnUFNRAIrmZviIqKMZFyq7IBIkS0WF+O
 """
 END = "-----END CERTIFICATE-----\n"
 HEAP_CERTIFICATE = HEAP_PEM.partition(END)[0] + END
-HASH_LINK = "8bd8b012.0"  # of its file, as `openssl rehash` names it
+HASH_LINK = "8bd8b012.0"  # what `openssl rehash` names the link to its file
 
-# The same key, signed by an intermediate authority, which follows
+# A certificate for the same key, then that of the intermediate authority that signed it
 CHAIN_CERTIFICATES = """\
 -----BEGIN CERTIFICATE-----
 MIIBjzCCATWgAwIBAgIBBDAKBggqhkjOPQQDAjAXMRUwEwYDVQQDDAxpbnRlcm1lZGlhdGUwIBcN
@@ -109,7 +110,7 @@ IDhU1aSlSZMB03aQ44gUAjKTr2h5848mrLMDR+e0hkA+
 """
 INTERMEDIATE_CERTIFICATE = CHAIN_CERTIFICATES.partition(END)[2]
 
-# Whatever is set where the tests run, they begin as if nothing were.
+# Tests start without any of these variables, even if the environment sets them.
 OTHER_VARIABLES = """
 GITHUB_REPOSITORY_OWNER HEAP_APPID_DEV KEDRO_TELEMETRY_DEBUG HTTP_PROXY HTTPS_PROXY
 ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy KEDRO_ENV
@@ -137,17 +138,17 @@ since_kedro_0_19 = pytest.mark.skipif(KEDRO < (0, 19), reason="Kedro 0.18 does n
 since_kedro_1 = pytest.mark.skipif(KEDRO < (1, 0), reason="no types before Kedro 1.0")
 
 
-# What the tests are built on: a Heap, a user, projects
+# Shared helpers: a Heap, a user, projects
 
 
 class Heap(socketserver.ThreadingTCPServer):
-    """A proxy and, behind it, Heap. `mode` is its status, or what goes wrong."""
+    """A proxy with Heap behind it. `mode` is Heap's status, or what goes wrong."""
 
     def __init__(self, pem: Path) -> None:
         super().__init__(("127.0.0.1", 0), ConnectionToHeap)
         self.mode = "200"
-        self.signal: int | None = None  # to send to this process, when it connects
-        self.signal_delay = 0.2  # seconds, until the main thread waits for the answer
+        self.signal: int | None = None  # sent to this process when it connects
+        self.signal_delay = 0.2  # seconds; by then, the main thread waits for Heap
         self.connections: list[str] = []
         self.proxy_headers: dict[str, str] = {}
         self.events: list[dict] = []
@@ -163,27 +164,27 @@ class Heap(socketserver.ThreadingTCPServer):
 
     @property
     def commands(self) -> list[str | None]:
-        """The commands of the events that have arrived, None for other events."""
+        """The commands in the events received so far; None for other events."""
         return [event["properties"].get("command") for event in self.events]
 
     @property
     def names(self) -> list[str]:
-        """The names of the events that have arrived."""
+        """The names of the events received so far."""
         return [event["event"] for event in self.events]
 
     @property
     def properties(self) -> dict:
-        """The properties of the event that arrived last."""
+        """The properties of the last event received."""
         return self.events[-1]["properties"]
 
     @property
     def project_ids(self) -> set[str | None]:
-        """The ids of the projects of all events that have arrived."""
+        """The project ids in all events received so far."""
         return {event["properties"].get("project_id") for event in self.events}
 
     def handle_error(self, *_: object) -> None:
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):  # the client may leave any time
+        if not isinstance(error, OSError):  # the client may disconnect at any time
             raise error
 
     def hangs_if(self, mode: str) -> bool:
@@ -192,7 +193,7 @@ class Heap(socketserver.ThreadingTCPServer):
 
 class ConnectionToHeap(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def do_CONNECT(self) -> None:
         heap = self.server
@@ -211,7 +212,7 @@ class ConnectionToHeap(BaseHTTPRequestHandler):
             return
         with heap.tls.wrap_socket(self.connection, server_side=True) as stream:
             if heap.mode == "close":
-                return  # which ends the connection by FIN
+                return  # closes the connection with FIN
             self.rfile = stream.makefile("rb")
             self.wfile = stream.makefile("wb", 0)
             self.handle_one_request()
@@ -238,13 +239,13 @@ class ConnectionToHeap(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def patch(monkeypatch) -> pytest.MonkeyPatch:
-    """What a test replaces, until it ends."""
+    """Undoes its replacements when the test ends."""
     return monkeypatch
 
 
 @pytest.fixture(scope="session", autouse=True)
 def python_path(tmp_path_factory) -> str:
-    """Where Python finds the module, and Kedro its hooks if nothing is installed."""
+    """The path to the module and, if nothing is installed, to its entry points."""
     folders = [str(Path(__file__).parent)]
     if "kedro-telemetry" not in entry_points(group="kedro.hooks").names:
         site = tmp_path_factory.mktemp("site")
@@ -260,7 +261,7 @@ def python_path(tmp_path_factory) -> str:
 
 @pytest.fixture(autouse=True)
 def user(tmp_path, patch, python_path) -> Iterator[Path]:
-    """The home folder of a user who has decided nothing and has no network."""
+    """The home folder of a user who has made no decision and has no network."""
     for name in VARIABLES:
         patch.delenv(name, raising=False)
     home = tmp_path / "home"
@@ -288,7 +289,7 @@ def user(tmp_path, patch, python_path) -> Iterator[Path]:
 
 @pytest.fixture
 def config(user) -> Path:
-    """The user's configuration folder for Kedro, which is not there yet."""
+    """The user's Kedro configuration folder, which does not exist yet."""
     if sys.platform == "win32":
         return user / "kedro/kedro"
     if sys.platform == "darwin":
@@ -298,9 +299,9 @@ def config(user) -> Path:
 
 @pytest.fixture
 def decisions(config, user) -> list[Path]:
-    """The files of a decision for all of the user's projects, of which none is there.
+    """The files that hold a decision for all the user's projects; none exists yet.
 
-    On Linux, one is for processes that know XDG_CONFIG_HOME, and one for the others.
+    On Linux, one is for processes that have XDG_CONFIG_HOME, and one for the others.
     """
     folders = [config]
     if sys.platform not in ("win32", "darwin"):
@@ -317,7 +318,7 @@ def known_user(config) -> Path:
 
 @pytest.fixture
 def heap(tmp_path, patch) -> Iterator[Heap]:
-    """The network leads to a Heap."""
+    """A Heap that the network leads to."""
     with Heap(tmp_path / "heap.pem") as heap:
         threading.Thread(target=heap.serve_forever, args=[0.002]).start()
         patch.setenv("HTTPS_PROXY", f"http://{heap.address}")
@@ -328,7 +329,7 @@ def heap(tmp_path, patch) -> Iterator[Heap]:
 
 @pytest.fixture
 def no_network(patch) -> Mock:
-    """No name server and no address can be reached, and it is known who tried."""
+    """A network on which nothing can be reached, and which records each attempt."""
     attempt = Mock(side_effect=OSError("no network"))
     patch.setattr(socket, "getaddrinfo", attempt)
     patch.setattr(socket.socket, "connect", attempt)
@@ -372,7 +373,7 @@ def write_project(root: Path, package: str, pyproject: str) -> Path:
 
 @pytest.fixture
 def project(tmp_path, patch) -> Path:
-    """A Kedro project, in whose root the user is."""
+    """A Kedro project whose root is the current directory."""
     root = write_project(
         tmp_path / "work/spaceships", "spaceships", KEDRO_TABLE + ID_TABLE
     )
@@ -396,7 +397,7 @@ def new_project(project) -> Path:
 
 
 def hashed_id(project_id: str, package: str) -> str:
-    """What Heap sees of a project's id."""
+    """A project id as Heap sees it."""
     return sha512(f"{project_id}{package}".encode()).hexdigest()
 
 
@@ -412,7 +413,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def files(folder: Path) -> dict[Path, int]:
-    """All that is below `folder`, each with the time of its last change."""
+    """Everything below `folder`, with the time of its last change."""
     return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
@@ -422,7 +423,7 @@ def run(line: str) -> Result:
 
 
 def run_python(*words: str, **variables: str) -> subprocess.CompletedProcess:
-    """Run another Python to its end."""
+    """Run another Python process until it ends."""
     return run_process([sys.executable, *map(textwrap.dedent, words)], **variables)
 
 
@@ -439,7 +440,7 @@ def create_session(project: Path) -> KedroSession:
 
 
 def load_catalogs(project: Path) -> None:
-    """Let a new session load two contexts, each of which creates two catalogs."""
+    """Load two contexts in a new session, each of which creates two catalogs."""
     with create_session(project) as session:
         for _ in range(2):
             context = session.load_context()
@@ -447,7 +448,7 @@ def load_catalogs(project: Path) -> None:
 
 
 def base_properties(project_path: Path | None) -> dict:
-    """The properties of every event, as Kedro's extension for VS Code asks for them."""
+    """The properties of every event, as Kedro's VS Code extension requests them."""
     return kedro_telemetry._get_project_properties("", project_path)
 
 
@@ -457,7 +458,7 @@ def consent(project_path: Path | None = None) -> bool | None:
 
 
 def report_session(catalog: object, project: Path) -> None:
-    """Let Kedro create a context and then this catalog."""
+    """Create a context and then this catalog, as Kedro does."""
     manager = PluginManager("kedro")
     context = SimpleNamespace(_hook_manager=manager, project_path=project)
     kedro_telemetry.telemetry_hook.after_context_created(context)
@@ -472,7 +473,7 @@ def statistics(catalog: object, heap: Heap, project: Path) -> dict:
 
 
 def counts(prefix: str, properties: dict) -> dict[str, int]:
-    """The properties that begin with `prefix`, without it."""
+    """The properties that begin with `prefix`, with the prefix removed."""
     return {
         name.removeprefix(prefix): count
         for name, count in properties.items()
@@ -482,15 +483,15 @@ def counts(prefix: str, properties: dict) -> dict[str, int]:
 
 @pytest.fixture
 def log(caplog) -> pytest.LogCaptureFixture:
-    """The logger of the module, down to DEBUG."""
-    # For the first project of a process, Kedro removes all handlers, also pytest's.
+    """The module's log messages, including DEBUG."""
+    # For a process's first project, Kedro removes all handlers, including pytest's.
     if KEDRO >= (0, 19):
         kedro_project.LOGGING.set_project_logging("spaceships")
     caplog.set_level(logging.DEBUG, "kedro_telemetry")
     return caplog
 
 
-# The module: what it costs to import, its names and its constants
+# The module: its import cost, its names and its constants
 
 
 def test_the_module_imports_nothing_that_kedro_does_not_and_prints_nothing():
@@ -509,7 +510,7 @@ def test_the_module_imports_nothing_that_kedro_does_not_and_prints_nothing():
     assert done.stderr == ""
 
 
-# The modules of Python, and certifi, of which an event may import parts
+# The packages, certifi or from Python itself, of which an event may import parts
 IMPORTED_BY_AN_EVENT = """
 base64 binascii certifi encodings email hashlib http importlib quopri select selectors
 socket ssl stringprep tempfile tomllib unicodedata urllib uuid
@@ -590,7 +591,7 @@ def test_a_constant_is_what_readers_know(name, value, reason):
 
 
 def test_kedro_finds_the_hooks_where_0_9_0_has_them():
-    """Neither a leftover folder of 0.9.0 nor a vendored copy breaks them."""
+    """A leftover folder from 0.9.0 or a vendored copy does not break them."""
     with contextlib.suppress(PackageNotFoundError):
         found = distribution("kedro-telemetry")
         if found.version == kedro_telemetry.__version__:
@@ -667,7 +668,7 @@ def test_a_session_is_reported_once_for_its_project(project, user, heap, patch):
     assert (heap.commands, heap.project_ids) == ([None, None], {SPACESHIPS})
 
 
-# A project's own command, which opens a session in each of the given folders
+# A project's own command that opens a session in each of the given folders
 OPEN = """
 import click
 from kedro.framework.session import KedroSession
@@ -703,7 +704,7 @@ def test_a_session_of_another_project_counts_apart(text, project, other_project,
 
 @pytest.mark.parametrize("metadata", ["project", "none"])
 def test_a_command_may_open_a_session_elsewhere(metadata, project, heap):
-    """kedro-auto-catalog gives Kedro a package's name where it takes a path."""
+    """kedro-auto-catalog passes a package name where Kedro expects a path."""
     hook = kedro_telemetry.telemetry_hook
     found = bootstrap_project(project)
     path = "spaceships" if metadata == "project" else project
@@ -733,7 +734,7 @@ def test_a_command_that_never_ended_takes_no_sessions(project, other_project, he
 
 
 def interleave(*projects: Path) -> None:
-    """Let sessions of several projects take turns in all that they do."""
+    """Interleave every step of sessions in several projects."""
     sessions = [create_session(project) for project in projects]
     contexts = [session.load_context() for session in sessions]
     for _ in range(2):
@@ -886,9 +887,9 @@ def test_the_application_at_heap_can_be_another(heap, patch):
     assert heap.events[0]["app_id"] == kedro_telemetry._get_heap_app_id() == "5"
 
 
-# What every event passes: nothing gets out of it, whatever goes wrong
+# The path that every event takes: no failure escapes from it
 
-# A kedro-telemetry that does nothing, in place of the module
+# A replacement for the module that does nothing
 NO_TELEMETRY = """
 import sys
 sys.modules["kedro_telemetry.plugin"] = sys.modules[__name__]
@@ -926,12 +927,12 @@ def test_exit_status_and_output_stay_the_same(
 
 
 def without_times(text: str) -> str:
-    """What Kedro prints, without dates, times and the addresses of objects."""
+    """What Kedro prints, without dates, times or object addresses."""
     return re.sub(r"\d+[-:]\d+[-:]\d+|\d+\.\d+ ?s|0x[0-9a-f]+", "", text)
 
 
 class Trap:
-    """What raises whatever is done with it."""
+    """An object that raises an exception, however it is used."""
 
     def spring(self, *_: object) -> object:
         raise RuntimeError
@@ -959,7 +960,7 @@ def test_exit_status_survives_whatever_is_given(thing, is_accepted, heap):
 
 
 class Odd(Exception):
-    """An exception of the user's, such as that of a test's stand-in."""
+    """A user's own exception, such as one that a test's stand-in raises."""
 
 
 STAND_INS = """
@@ -981,7 +982,7 @@ def test_exit_status_survives_a_stand_in(
 
 
 def use_everything(project: Path) -> None:
-    """Do all that Kedro and other packages do with the module."""
+    """Use the module in every way that Kedro and other packages do."""
     hook = kedro_telemetry.telemetry_hook
     metadata = SimpleNamespace(project_path=project)
     hook.before_command_run(project_metadata=metadata, command_args=["info"])
@@ -994,7 +995,7 @@ def use_everything(project: Path) -> None:
 
 
 def test_exit_status_survives_an_audit_hook_that_raises(new_project, heap):
-    """Frameworks for tests forbid files, threads or connections by one."""
+    """Test frameworks use one to forbid files, threads or connections."""
     code = """
     import sys, traceback
     from pathlib import Path
@@ -1092,11 +1093,11 @@ def test_debug_mode_is_off_where_the_variable_is_empty(heap, patch):
     assert send_telemetry_event("x") is True
 
 
-# Files: whole at any time, and only replaced if they are still what was read
+# Files: never half-written, and replaced only if unchanged since they were read
 
 
 def test_only_this_is_stored(new_project, config, heap, tmp_path, patch):
-    """A user's first events, in a terminal, from a folder in the project."""
+    """A user's first events, in a terminal, from a folder inside the project."""
     (new_project / "notebooks").mkdir()
     patch.chdir(new_project / "notebooks")
     patch.setenv("TMPDIR", str(tmp_path))
@@ -1188,9 +1189,9 @@ def test_what_cannot_be_replaced_stays_whole(trouble, new_project, patch):
 
 @pytest.fixture
 def meanwhile(patch) -> Callable[[Callable], None]:
-    """The function that lets another program act just before a file is replaced.
+    """A function that makes another program act just before a file is replaced.
 
-    That is when the copy beside the file is written out to the disk.
+    It acts when the temporary copy is flushed to disk.
     """
 
     def set_action(action: Callable[[], object]) -> None:
@@ -1237,7 +1238,7 @@ def test_an_identity_that_another_process_stores_meanwhile_is_sent(config, meanw
 
 @pytest.fixture
 def packaged(project, other_project, patch) -> Callable[[], None]:
-    """The function that lets `rockets` run as a package in the folder `spaceships`."""
+    """A function that runs `rockets` as a package in the `spaceships` folder."""
     patch.syspath_prepend(str(other_project / "src"))
 
     def run_packaged() -> None:
@@ -1260,7 +1261,7 @@ def test_a_packaged_project_is_not_that_of_the_folder(packaged, new_project, hea
 
 
 def test_an_installed_package_is_its_checkouts_project(project, tmp_path, heap, patch):
-    """As in images that copy a project and then run `pip install .`."""
+    """Some images copy a project and then run `pip install .`."""
     shutil.copytree(project / "src", tmp_path / "site")
     patch.syspath_prepend(str(tmp_path / "site"))
     kedro_project.configure_project("spaceships")
@@ -1287,11 +1288,11 @@ def test_the_package_and_the_folder_can_both_deny(file, text, packaged, tmp_path
 
 
 class Denial(NamedTuple):
-    """What a user does to opt out, with the reason that they are shown.
+    """A way to opt out, with the reason that the user is shown.
 
-    The files are written as a whole. In paths and reasons, {project} is the root of the
-    project, in whose folder `notebooks` the user is, and {config} and {home} are the
-    user's folders.
+    Each file is written in full. In paths and reasons, {project} is the project root,
+    and {config} and {home} are the user's folders. The current directory is the
+    project's `notebooks` folder.
     """
 
     reason: str
@@ -1313,7 +1314,7 @@ def denial_by_settings(name: str, text: str, if_loaded: str | None = None) -> De
     return Denial(f"this file names {name}:\n{file}", {}, {file: text}, if_loaded)
 
 
-# The ways to opt out in README's table, by the code that it shows
+# The ways to opt out in README's table, keyed by the code that it shows
 README_DENIALS = {
     "DO_NOT_TRACK": denial_by_variable("DO_NOT_TRACK"),
     "KEDRO_DISABLE_TELEMETRY": denial_by_variable("KEDRO_DISABLE_TELEMETRY"),
@@ -1353,7 +1354,7 @@ DENIALS = README_DENIALS | {
         "DO_NOT_TRACK", "DO_NOT_TRACK = True\nimport gone\n"
     ),
 }
-# The denial that tries each source of `_consent_sources`
+# The denial that tries each source in `_consent_sources`
 SOURCES = {
     "_environment_consent": "DO_NOT_TRACK",
     "_file_consent": "kedro telemetry disable",
@@ -1407,7 +1408,7 @@ def by_a_command(project: Path) -> None:
 
 
 def by_a_session(project: Path) -> None:
-    with contextlib.suppress(ImportError):  # of settings that Kedro refuses
+    with contextlib.suppress(ImportError):  # from settings that Kedro rejects
         load_catalogs(project)
 
 
@@ -1533,7 +1534,7 @@ def test_a_deleted_current_directory_denies_nothing(user, heap, patch):
     assert send_telemetry_event("x") is True
 
 
-# Settings: names that Kedro has imported, or else the source, which is not run
+# Settings: the names that Kedro has imported, or else the source, without running it
 
 
 @pytest.mark.parametrize(
@@ -1646,7 +1647,7 @@ class Screen(io.StringIO):
 
 
 class Cell(io.StringIO):
-    """Standard error that is shown below a cell of a notebook."""
+    """Standard error that is shown below a notebook cell."""
 
 
 Cell.__module__ = "ipykernel.iostream"
@@ -1663,7 +1664,7 @@ def test_the_notice_is_shown_once_to_somebody(kind, heap, config, patch):
 
 
 def test_the_notice_is_shown_until_a_grant_where_it_may_go_unseen(user, heap, capfd):
-    """As after `kedro info 2> errors.log`."""
+    """As with `kedro info 2> errors.log`."""
     for shown in (NOTICE + "\n", NOTICE + "\n", ""):
         if not shown:
             write(user / ".telemetry", YES)
@@ -1714,7 +1715,7 @@ def no_folder(config: Path) -> None:
 
 
 def no_home(config: Path) -> None:
-    """As some services have none. The fixture `user` puts the variables back."""
+    """Some services have no home folder. The `user` fixture restores the variables."""
     os.environ.update(dict.fromkeys(HOME_VARIABLES, "nowhere"))
 
 
@@ -1893,7 +1894,7 @@ def test_an_event_has_the_time_in_UTC_wherever_the_user_is(heap, patch):
 
 def test_datasets_are_counted_without_parameters(project, heap):
     names = ["a", "parameters", "params:a", "params:a.b", "parameters_history"]
-    catalog = SimpleNamespace(list=names.copy)  # as Kedro had before 1.0
+    catalog = SimpleNamespace(list=names.copy)  # as before Kedro 1.0
     assert statistics(catalog, heap, project)["number_of_datasets"] == 2
 
 
@@ -1906,7 +1907,7 @@ def test_a_catalog_that_cannot_be_read_costs_its_numbers(catalog, project, heap,
     assert any("Counting the datasets failed" in line for line in log.messages)
 
 
-# Nothing of the user's is run: pipelines count where Kedro has loaded them
+# No user code runs: pipelines are counted only if Kedro has loaded them
 
 
 @pytest.mark.parametrize(
@@ -1952,7 +1953,7 @@ def test_pipelines_are_not_counted_where_kedro_loads_some_only(project, heap):
     assert not {"number_of_pipelines", "number_of_nodes"} & set(heap.properties)
 
 
-# Types of datasets: found in source files, without an import
+# Dataset types: found in source files, without importing them
 
 CACHED = "kedro.io.cached_dataset.CachedDataset"
 CSV = "kedro_datasets.pandas.csv_dataset.CSVDataset"
@@ -1962,7 +1963,7 @@ NEVER = 'raise SystemExit("imported")\n'
 
 @pytest.fixture
 def datasets(tmp_path, patch) -> None:
-    """kedro-datasets as it is laid out, none of which may be imported."""
+    """The layout of kedro-datasets, with modules that must not be imported."""
     site = tmp_path / "site"
     for package in ("kedro_datasets", "kedro_datasets_experimental"):
         pandas = site / package / "pandas"
@@ -2007,7 +2008,7 @@ def test_an_event_imports_nothing_to_find_a_type(declared, sent, datasets, types
 
 @pytest.fixture
 def types_of(project, heap) -> Callable[[object], dict[str, int]]:
-    """The function that reports a catalog and returns its types as they arrive."""
+    """A function that reports a catalog and returns the types that arrive."""
 
     def types_of(catalog: object) -> dict[str, int]:
         return counts("dataset_type_count.", statistics(catalog, heap, project))
@@ -2047,7 +2048,7 @@ def test_validators_are_counted_by_public_library(project, heap):
     assert counts("validator_type_count.", sent) == expected
 
 
-# Masking: public are the words that Kedro or an installed plugin defines
+# Masking: words that Kedro or an installed plugin defines are public
 
 PLUGIN = """
 import functools
@@ -2069,7 +2070,7 @@ everywhere = click.Group("everywhere", [fly])
 partial = click.Command("partially", callback=functools.partial(print))
 deck = Lazy("deck", callback=plug_commands.deck)
 renamed = click.Command("renamed", callback=plug_commands.renamed)
-class Default(click.Group):  # as click-default-group has it
+class Default(click.Group):  # as in click-default-group
     def get_command(self, ctx, name): return renamed
 inside = click.Group("inside", [deck, partial, renamed])
 inside.add_command(Default("default", callback=plug_commands.deck))
@@ -2091,7 +2092,7 @@ plug = plug:inside
 
 @pytest.fixture
 def plugin(tmp_path, patch) -> SimpleNamespace:
-    """A plugin that Kedro has loaded, beside one that it has not."""
+    """A plugin that Kedro has loaded, and one that it has not."""
     site = tmp_path / "plugins"
     write(site / "plug.py", PLUGIN)
     write(site / "plug_commands.py", PLUGIN_COMMANDS)
@@ -2156,7 +2157,7 @@ def test_the_starter_of_a_plugin_is_masked(patch, heap):
 
 @pytest.fixture
 def kedros_groups(patch) -> None:
-    """What a test adds to Kedro's groups of commands is gone after it."""
+    """Removes the commands that a test adds to Kedro's groups."""
     for group in vars(kedro_cli).values():
         if isinstance(group, click.Group):
             patch.setattr(group, "commands", dict(group.commands))
@@ -2210,7 +2211,7 @@ def test_in_an_overridden_command_only_kedros_words_are_not_masked(
     assert heap.commands == ["kedro run --pipeline ***** ***** *****"]
 
 
-# The post: one try, and its outcome in the log
+# Posting: one attempt, with its outcome in the log
 
 
 @pytest.mark.parametrize(
@@ -2259,10 +2260,10 @@ def test_the_log_has_nothing_to_say_of_a_words_look_up(heap, log, known_user):
     hook = kedro_telemetry.telemetry_hook
     hook.before_command_run(None, ["info", "extra"])
     hook.after_command_run()
-    assert [line.partition(" of ")[0] for line in log.messages] == ["Post"]
+    assert [line.partition(" ")[0] for line in log.messages] == ["Post"]
 
 
-# The request: its own headers, through the user's proxy
+# The request: only its own headers, through the user's proxy
 
 
 def test_only_the_headers_of_the_post_leave(heap, patch, capfd):
@@ -2300,7 +2301,7 @@ def test_no_headers_leave_for_where_a_redirect_leads(heap):
 
 
 def test_no_headers_leave_through_vcrpy(no_network, log, patch):
-    """vcrpy replaces the connections, and records into the user's cassettes."""
+    """vcrpy replaces the connections, and records them in the user's cassettes."""
     recorder = type("VCRConnection", (http.client.HTTPSConnection,), {})
     patch.setattr(http.client, "HTTPSConnection", recorder)
     assert send_telemetry_event("x") is False
@@ -2313,7 +2314,7 @@ def test_no_headers_leave_through_vcrpy(no_network, log, patch):
 def test_the_users_proxy_is_used(name, scheme, heap, patch):
     patch.delenv("HTTPS_PROXY")
     patch.setenv(name, f"{scheme}alice:p%40ss@{heap.address}")
-    if name == "HTTPS_PROXY":  # which comes first
+    if name == "HTTPS_PROXY":  # it takes precedence
         patch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
     assert send_telemetry_event("x") is True
     assert heap.connections == ["heapanalytics.com:443"]
@@ -2356,7 +2357,7 @@ def test_a_SOCKS_proxy_is_not_passed(name, scheme, no_network, log, config, patc
     assert not (config / "telemetry.backoff").exists()
 
 
-# The deadline, and the back-off after a post that takes long
+# The deadline, and the back-off after a slow attempt
 
 
 @pytest.fixture
@@ -2365,7 +2366,7 @@ def short_deadline(patch) -> None:
 
 
 def test_a_command_waits_two_seconds_for_a_heap_that_hangs(heap):
-    """The other tests wait longer, because a machine may be busy, or shorter."""
+    """Other tests use a longer deadline, for busy machines, or a shorter one."""
     heap.mode = "drip"
     code = """
     import sys, time
@@ -2387,7 +2388,7 @@ def test_a_command_waits_two_seconds_for_a_heap_that_hangs(heap):
 
 @pytest.mark.parametrize("mode", ["hang", "hang in TLS", "hang in HTTP", "drip"])
 def test_after_two_seconds_a_post_ends(mode, heap, config, log, short_deadline, patch):
-    patch.setenv("CI", "true")  # no other file makes the folder of the stamp
+    patch.setenv("CI", "true")  # no other file creates the stamp's folder
     heap.mode = mode
     start = time.monotonic()
     assert send_telemetry_event("x") is False
@@ -2439,7 +2440,7 @@ def test_a_back_off_after_two_seconds_lasts_an_hour(age, is_sent, heap, config):
 
 
 def test_an_old_back_off_is_renewed(heap, config, short_deadline):
-    """Also one of root's, which nobody else may change."""
+    """Even one owned by root, which nobody else may change."""
     stamp = write(config / "telemetry.backoff", "")
     os.utime(stamp, (1, 1))
     stamp.chmod(0o444)
@@ -2480,12 +2481,12 @@ def test_the_thread_of_a_post_imports_nothing(heap):
     assert run_python("-c", code).stdout == "True\n"
 
 
-# What the process does with signals comes first
+# Signals: the process's own handling takes precedence
 
 
 @pytest.fixture
 def on_signal() -> Iterator[Callable]:
-    """The function that sets what a signal does, for this test."""
+    """A function that sets how this test handles a signal."""
     before = {}
 
     def set_handler(number: int, handler: object) -> None:
@@ -2497,7 +2498,7 @@ def on_signal() -> Iterator[Callable]:
 
 
 class TimedOut(Exception):
-    """What a user's time-out raises."""
+    """The exception that a user's timeout raises."""
 
 
 def time_out(*_: object) -> None:
@@ -2524,7 +2525,7 @@ def test_what_a_signal_raises_ends_the_wait(
     """After a command, Ctrl-C ends only the wait: the command itself has ended."""
     heap.signal = getattr(signal, name)
     heap.mode = "hang"
-    on_signal(heap.signal, handler)  # a shell may have it ignored
+    on_signal(heap.signal, handler)  # the shell may have set it to be ignored
     hook = kedro_telemetry.telemetry_hook
     found = None
     try:
@@ -2545,7 +2546,7 @@ def test_what_a_signal_raises_ends_the_wait(
 def test_a_wait_that_a_signal_ends_late_is_remembered(
     deadline, is_remembered, heap, config, on_signal, patch
 ):
-    """Late is after a quarter of the deadline."""
+    """Late means after a quarter of the deadline."""
     patch.setattr(kedro_telemetry, "DEADLINE", deadline)
     heap.signal_delay = 0.6
     heap.signal = signal.SIGALRM
@@ -2558,7 +2559,7 @@ def test_a_wait_that_a_signal_ends_late_is_remembered(
 
 @posix
 def test_the_signal_of_a_closed_connection_ends_no_process(heap):
-    """A second write to a connection that FIN has ended raises SIGPIPE."""
+    """A second write to a connection closed with FIN raises SIGPIPE."""
     heap.mode = "close"
     code = """
     import signal
@@ -2571,7 +2572,7 @@ def test_the_signal_of_a_closed_connection_ends_no_process(heap):
     assert (done.returncode, done.stdout) == (0, "{False}\n")
 
 
-# Certificates: all that the platform trusts, and nothing else
+# Certificates: everything that the platform trusts, and nothing else
 
 FOLDERS = {
     "nothing": {},
@@ -2637,9 +2638,9 @@ def test_a_certificate_is_verified_by_all_that_is_trusted(
 def test_a_certificate_is_verified_by_certifi_in_need(
     variable, bundle, asks_system, is_trusted, certificates, heap, patch
 ):
-    """As by a Python from python.org on macOS, until its user installs authorities.
+    """As with python.org's Python on macOS, until the user installs authorities.
 
-    truststore asks the system, and cannot say how many it trusts.
+    truststore asks the system, so it cannot say how many authorities it trusts.
     """
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
         patch.delenv(name)
@@ -2656,7 +2657,7 @@ def test_a_certificate_is_verified_by_certifi_in_need(
 
 
 def test_a_certificate_needs_no_root_authority(certificates, heap, patch):
-    """Python's own default refuses it before 3.13, and one like Zscaler's after."""
+    """Python rejects it by default before 3.13, and one like Zscaler's from 3.13."""
     chain = CHAIN_CERTIFICATES + HEAP_PEM.partition(END)[2]
     heap.tls.load_cert_chain(write(certificates / "chain.pem", chain))
     patch.setenv("SSL_CERT_FILE", "intermediate.pem")
@@ -2668,7 +2669,7 @@ def test_a_certificate_needs_no_root_authority(certificates, heap, patch):
 
 @posix
 def test_a_certificate_in_the_folder_is_enough(certificates, heap, patch):
-    os.mkfifo("pipe.pem")  # which a reader would wait for
+    os.mkfifo("pipe.pem")  # reading it would block
     patch.setenv("SSL_CERT_DIR", "heap")
     patch.setenv("SSL_CERT_FILE", "pipe.pem")
     assert send_telemetry_event("x") is True
@@ -2685,7 +2686,7 @@ def test_a_certificate_in_the_folder_is_enough(certificates, heap, patch):
 def test_a_certificate_on_slow_storage_waits_in_python(
     variable, pipe, loaded_before, certificates, heap, short_deadline, patch
 ):
-    """A thread that is inside OpenSSL when the process ends can crash it."""
+    """A thread that is still inside OpenSSL can crash a process as it ends."""
     loaded = []
 
     def load(_: object, cafile: object = None, **place: object) -> None:
@@ -2779,10 +2780,10 @@ OPTED = {
     "enable": "You have opted in to telemetry for all your projects.",
     "disable": "You have opted out of telemetry for all your projects.",
 }
-# What follows a decision to opt out, and a failure to save one
+# The output after opting out, and after failing to save a decision
 OLD_RELEASES = (
-    "Versions of kedro-telemetry before 1.0 ignore it.",
-    "To opt out of those as well, set DO_NOT_TRACK=1 in your environment.",
+    "Versions of kedro-telemetry before 1.0 ignore this decision.",
+    "To opt out in those versions as well, set DO_NOT_TRACK=1 in your environment.",
 )
 ADVICE = "To opt out instead, set DO_NOT_TRACK=1 in your environment."
 
@@ -2819,7 +2820,7 @@ def test_enable_says_where_telemetry_stays_off(project):
 @linux
 @pytest.mark.parametrize("variable", ["XDG_CONFIG_HOME", "HOME"])
 def test_a_decision_survives_a_change_of_variables(variable, project, heap, patch):
-    """As tox, cron and VS Code from Flatpak start them."""
+    """tox, cron and VS Code from Flatpak change them."""
     run("telemetry disable")
     patch.setenv(variable, "/nowhere")
     run("info")
@@ -2941,7 +2942,7 @@ def test_another_command_telemetry_comes_first(owner, project, tmp_path):
     assert done.stdout.endswith("a command of the same name\n")
 
 
-# A vendored copy: it takes the place of an installed release
+# A vendored copy: it replaces an installed release
 
 VENDORED_SETTINGS = """\
 from .kedro_telemetry import telemetry_hook
@@ -2952,7 +2953,7 @@ HOOKS = (telemetry_hook,)
 
 @pytest.fixture
 def vendored(project) -> Path:
-    """A project with a copy of the module beside its settings."""
+    """A project with a copy of the module next to its settings."""
     shutil.copy(kedro_telemetry.__file__, project / "src/spaceships")
     write(project / SETTINGS, VENDORED_SETTINGS)
     return project
@@ -2995,7 +2996,7 @@ def test_a_copy_alone_reports_sessions(vendored, heap, patch):
     assert copied.__name__ == copied.logger.name == "spaceships.kedro_telemetry"
 
 
-# README: what it says is what happens
+# README: its claims are true
 
 README_FILE = Path(__file__).with_name("README.md")
 README = README_FILE.read_text(encoding="utf-8") if README_FILE.exists() else ""
@@ -3022,14 +3023,14 @@ def readme_section(heading: str) -> str:
 
 
 def readme_block(language: str, text: str) -> str:
-    """The one block of code in a part of README, without its indentation."""
+    """The only code block in a part of README, without its indentation."""
     blocks = re.findall(rf"^ *```{language}\n(.*?)```", text, re.DOTALL | re.MULTILINE)
     assert len(blocks) == 1
     return textwrap.dedent(blocks[0])
 
 
 def table_rows(heading: str) -> list[list[str]]:
-    """The cells of the rows of the table below a heading."""
+    """The cells in each row of the table below a heading."""
     lines = re.findall(r"^\| (.*) \|$", readme_section(heading), re.MULTILINE)
     return [line.split(" | ") for line in lines[2:]]
 
@@ -3041,7 +3042,7 @@ def test_links_from_kedros_documentation_find_their_headings():
 
 
 def kinds_of_property(when: str) -> set[str]:
-    """The kinds of events that a row of README's table is about."""
+    """The kinds of event that a row of README's table applies to."""
     if when.startswith("always"):
         return {"command", "command in a project", "session"}
     if when.startswith("in a project"):
@@ -3105,7 +3106,7 @@ def test_the_example_of_an_event_is_one_of_kedro_run(project, heap):
     [
         (r"CI machines are those.*?\. A fresh", "CI_VARIABLES"),
         (r"Tools are .*?\.", "KEDRO_TOOLS"),
-        (r"Public libraries of validators are .*?\.", "PUBLIC_VALIDATORS"),
+        (r"Public validator libraries are .*?\.", "PUBLIC_VALIDATORS"),
     ],
 )
 def test_a_list_in_README_is_that_of_the_module(sentence, constant):
@@ -3131,7 +3132,7 @@ def test_the_table_has_every_way_to_opt_out_that_is_tried():
 
 @pytest.fixture
 def run_sh(tmp_path, patch) -> Callable[[str], subprocess.CompletedProcess]:
-    """The function that runs a block of README in a shell, with this Python."""
+    """A function that runs a code block from README in a shell, with this Python."""
     if not os.path.exists("/bin/sh"):
         pytest.skip("the commands are for POSIX shells")
     for name, words in {"kedro": "-m kedro", "python3": ""}.items():

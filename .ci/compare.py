@@ -1,11 +1,11 @@
 """Compare what kedro-telemetry 0.9.0 and this package send for the same commands.
 
-Each case is run with both, as a user would, in a fresh project of a fresh user. What
-arrives at Heap must be the same, except for DIFFERENCES.
+Each case runs with both, for a fresh user in a fresh project. What reaches Heap must be
+the same, apart from DIFFERENCES.
 
-PEER_PYTHON has kedro-telemetry 0.9.0, and OURS_PYTHON this package, freshly installed.
-Both have the same Kedro, kedro-docker and kedro-skills. Run this with OURS_PYTHON, in
-which pytest must be installed, too.
+PEER_PYTHON must have kedro-telemetry 0.9.0, and OURS_PYTHON this package, freshly
+installed. Both need the same Kedro, kedro-docker and kedro-skills. Run this script with
+OURS_PYTHON, which also needs pytest.
 """
 
 import argparse
@@ -31,9 +31,9 @@ with contextlib.redirect_stdout(io.StringIO()):  # Kedro logs its logging file
     import test_kedro_telemetry as tests
     from test_kedro_telemetry import CATALOG, ID_TABLE, KEDRO_TABLE, PIPELINES, SETTINGS
 
-PATIENCE = 300  # seconds for a process, on a machine that is busy
-# Python runs this when it starts. A busy machine must not cost an event: this package
-# waits for two seconds, and 0.9.0 for ten at each step.
+PATIENCE = 300  # seconds to wait for a process on a busy machine
+# Python runs this when it starts, so that a busy machine does not lose an event.
+# Otherwise, this package waits for two seconds, and 0.9.0 for ten at each step.
 PATIENT = f"""\
     import socket
     import kedro_telemetry
@@ -50,9 +50,9 @@ KNOWN_NUMBERS = {
     tests.hashed_id(tests.OTHER_PROJECT_ID, "rockets"): "<rockets>",
     tests.hashed_id(tests.PROJECT_ID, "rockets"): "<rockets in spaceships>",
 }
-RANDOM_1 = "<random number 1>"  # the first number of a case that is none of these
+RANDOM_1 = "<random number 1>"  # the first number in a case that is not known
 RANDOM_2 = "<random number 2>"
-ABSENT = "<absent>"  # instead of a property or an event that is not sent
+ABSENT = "<absent>"  # stands for a property or an event that is not sent
 COMMAND = "CLI command"
 STATISTICS = "Kedro Project Statistics"
 MEMORY = "dataset_type_count.kedro.io.memory_dataset.MemoryDataset"
@@ -61,69 +61,69 @@ NEW_STARTER = "kedro new -s support-agent-langgraph --help"
 Row = tuple[object, ...]
 Event = dict[str, Any]
 
-# What may differ, by the reason: the name of a property (or `event`, or `exit status`),
-# its value in 0.9.0 and in this package, and the cases where alone it may differ, if
-# the values do not tell. Each of them must occur. For a new property, whose value may
-# depend on the machine, this is enough: "the reason": [("my_property", ABSENT)],
+# The permitted differences, by reason. Each has the name of a property (or `event`, or
+# `exit status`), its value in 0.9.0 and in this package and, if the values are not
+# enough, the only cases in which it may differ. Each must occur. A new property, whose
+# value may depend on the machine, needs only: "the reason": [("my_property", ABSENT)],
 DIFFERENCES: dict[str, list[Row]] = {
-    "0.9.0 labels local time UTC": [("timestamp", "UTC+9", "UTC+0")],
-    "Heap takes no null": [
+    "0.9.0 labels local time as UTC": [("timestamp", "UTC+9", "UTC+0")],
+    "Heap does not accept null": [
         ("project_id", None, ABSENT),
         ("number_of_nodes", None, ABSENT),
     ],
-    "TAB in a shell is no use of a command": [("event", COMMAND, ABSENT, "TAB")],
-    "0.9.0 has no `kedro telemetry`, which itself is not reported": [
+    "shell completion is not a command": [("event", COMMAND, ABSENT, "TAB")],
+    "0.9.0 has no `kedro telemetry`, which is not reported itself": [
         ("event", COMMAND, ABSENT, "kedro telemetry"),
         ("exit status", 2, 0, "kedro telemetry"),
     ],
-    "0.9.0 reports only the first command of a process": [
+    "0.9.0 reports only the first command in a process": [
         ("event", ABSENT, COMMAND, "two commands")
     ],
-    "0.9.0 reports each catalog of a session": [
+    "0.9.0 reports every catalog in a session": [
         ("event", STATISTICS, ABSENT, "two catalogs")
     ],
-    "0.9.0 reports all sessions of a process for the project of the first": [
+    "0.9.0 reports all sessions in a process for the first one's project": [
         ("project_id", "<spaceships>", "<rockets>")
     ],
-    "a packaged project is not the one in whose folder it runs": [
+    "a packaged project is not the one whose folder it runs in": [
         ("project_id", "<rockets in spaceships>", ABSENT),
         ("tools", "Linting, Testing", ABSENT, "a package elsewhere"),
         ("example_pipeline", "False", ABSENT, "a package elsewhere"),
     ],
-    "each new container of a CI machine would count as a user and a project": [
+    "every new container on a CI machine would count as a user and a project": [
         ("identity", RANDOM_1, "missing_user_identity", "a new CI machine"),
         ("username", RANDOM_1, "", "a new CI machine"),
         ("project_id", RANDOM_2, ABSENT, "a new CI machine"),
     ],
-    "0.9.0 knows CI as `true` only": [("is_ci_env", False, True, "CI=1")],
+    "0.9.0 recognises only CI=true": [("is_ci_env", False, True, "CI=1")],
     "with a bad file, 0.9.0 never finds an identity": [
         ("identity", "missing_user_identity", RANDOM_1),
         ("username", "", RANDOM_1),
     ],
-    "0.9.0 takes the current directory for an empty XDG_CONFIG_HOME": [
+    "0.9.0 uses the current directory if XDG_CONFIG_HOME is empty": [
         ("identity", RANDOM_1, "<identity>"),
         ("username", RANDOM_1, "<identity>"),
     ],
-    "0.9.0 does not mask what a project defines, nor words after `--help`": [
+    "0.9.0 does not mask what a project defines, or words after `--help`": [
         ("command", "kedro launch --rocket *****", "kedro *****"),
         ("main_command", "launch", "*****"),
         ("command", "kedro --help secret", "kedro --help *****"),
     ],
-    "0.9.0 masks names that Kedro or a plugin defines": [
+    "0.9.0 masks names that Kedro or plugins define": [
         ("command", "kedro *****", "kedro run"),
         ("main_command", "*****", "run"),
         ("command", "kedro new -s ***** --help", NEW_STARTER),
         ("command", "kedro docker dive *****", "kedro docker dive --no-ci"),
     ],
-    "settings, variables and doubt deny consent to all events": [
+    "settings, variables and ambiguous files deny consent to all events": [
         ("event", COMMAND, ABSENT, "a hook switch", "a hook switch of dynaconf"),
         ("event", STATISTICS, ABSENT, "a setting", "DO_NOT_TRACK=", "consent=true"),
     ],
-    "0.9.0 counts the pipelines that a run has asked for": [
+    "0.9.0 counts the pipelines that a run requests": [
         ("number_of_pipelines", 2, ABSENT, "some pipelines"),
         ("number_of_nodes", 3, ABSENT, "some pipelines"),
     ],
-    "0.9.0 leaves out all names that begin with `parameters`": [
+    "0.9.0 excludes all names that begin with `parameters`": [
         ("number_of_datasets", 1, 2),
         (MEMORY, 1, 2),
     ],
@@ -131,26 +131,26 @@ DIFFERENCES: dict[str, list[Row]] = {
         (MEMORY, 4, 3),
         ("dataset_type_count.custom", 1, 2),
     ],
-    "0.9.0 imports each class, and ends a run where it cannot": [
+    "0.9.0 imports every class, and ends a run if it cannot": [
         ("event", COMMAND, STATISTICS),
         ("exit status", 1, 0),
     ],
-    "people add the names of clients": [("tools", "Linting, Acme", "Linting")],
+    "people add client names": [("tools", "Linting, Acme", "Linting")],
 }
 
 
 class Case(NamedTuple):
-    """What is run in a project of a user whom both know, unless it says otherwise."""
+    """One run. Unless stated otherwise, both sides know the project and the user."""
 
     name: str
     line: str  # after `kedro`
-    files: Mapping[str, str] = {}  # beside those of the project
+    files: Mapping[str, str] = {}  # in addition to the project's
     variables: Mapping[str, str] = {}
-    code: str = ""  # which gets the line instead of `kedro`
-    identity: str = tests.IDENTITY  # in telemetry.toml, which a new user has not
-    folder: str = "spaceships"  # in which it is run
-    events: int = 1  # that 0.9.0 sends: if it fails to, nothing would be compared
-    status: int | None = 0  # of 0.9.0, for the same reason; None if it varies
+    code: str = ""  # runs with the line as its arguments, instead of `kedro`
+    identity: str = tests.IDENTITY  # in telemetry.toml; "" for a new user
+    folder: str = "spaceships"  # the current directory
+    events: int = 1  # that 0.9.0 sends, which shows that there is something to compare
+    status: int | None = 0  # 0.9.0's, for the same reason; None if it varies
 
 
 NEW_PROJECT = {"pyproject.toml": KEDRO_TABLE}
@@ -304,7 +304,7 @@ def observe(python: str, case: Case) -> Seen:
                 )
             finally:
                 heap.shutdown()
-        # The Heap has closed, and all that was on its way to it has arrived.
+        # The Heap has closed, and everything sent to it has arrived.
         numbers = dict(KNOWN_NUMBERS)
         events = [comparable(event, numbers) for event in heap.events]
         return Seen(events, done.returncode, done.stderr)
@@ -321,7 +321,7 @@ def prepare(case: Case, root: Path) -> dict[str, str]:
         tests.write(project / name, content)
     for folder in ("elsewhere", "no-certificates"):
         (root / folder).mkdir()
-    if case.identity:  # where it is if XDG_CONFIG_HOME is set, and if not
+    if case.identity:  # the folders with and without XDG_CONFIG_HOME
         text = f'[telemetry]\nuuid = "{case.identity}"\n'
         for folder in ("home/kedro", "home/.config/kedro"):
             tests.write(root / folder / "telemetry.toml", text)
@@ -341,10 +341,10 @@ def prepare(case: Case, root: Path) -> dict[str, str]:
 
 
 def comparable(event: Event, numbers: dict[str, str]) -> Event:
-    """Return an event as one table, with the same words for what no two runs share."""
+    """Return an event as one flat table, with placeholders for what varies by run."""
     table = {**event, **event["properties"]}
     del table["properties"]
-    with contextlib.suppress(ValueError):  # a time in another form stays
+    with contextlib.suppress(ValueError):  # a time in another format stays
         table["timestamp"] = time_zone_of(table["timestamp"])
     if re.fullmatch(r"\d+\.\d+\.\d+", str(table.get("telemetry_version"))):
         table["telemetry_version"] = "<version>"
@@ -357,15 +357,15 @@ def comparable(event: Event, numbers: dict[str, str]) -> Event:
 
 
 def time_zone_of(timestamp: str) -> str:
-    """Return where it is now as late as a timestamp says, such as `UTC+9`."""
+    """Return the time zone whose current time a timestamp shows, such as `UTC+9`."""
     shown = datetime.strptime(timestamp, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC)
     return f"UTC{round((shown - datetime.now(UTC)) / timedelta(hours=1)):+}"
 
 
 def changes_between(peer: Seen, ours: Seen) -> Iterator[Row]:
-    """Yield what differs, with both values, event by event and property by property.
+    """Yield each difference with both values, by event and property.
 
-    Of two events with different names, no more is compared.
+    If two events have different names, nothing else about them is compared.
     """
     if peer.status != ours.status:
         yield "exit status", peer.status, ours.status
@@ -379,13 +379,13 @@ def changes_between(peer: Seen, ours: Seen) -> Iterator[Row]:
 
 
 class Judge:
-    """Knows which differences are meant, and in which cases they have occurred."""
+    """Decides which differences are intended, and records where they occur."""
 
     def __init__(self) -> None:
         self.occurred: defaultdict[str, set[str]] = defaultdict(set)
 
     def faults_of(self, case: Case, peer: Seen, ours: Seen) -> Iterator[str]:
-        """Yield what is wrong in a case, and what to do about it."""
+        """Yield each fault in a case, and what to do about it."""
         status = peer.status if case.status is None else case.status
         if (len(peer.events), peer.status) != (case.events, status):
             yield BAD_CASE.format(len(peer.events), peer.status, peer.errors[-2000:])
@@ -399,7 +399,7 @@ class Judge:
                 yield (ADDED if change[1] == ABSENT else UNEXPECTED).format(*change)
 
     def is_meant(self, change: Row, case: str) -> bool:
-        """Return whether a difference is meant in a case, and remember it."""
+        """Return whether a difference is intended in a case, and record it if so."""
         for row in chain.from_iterable(DIFFERENCES.values()):
             is_same = repr(row[:3]) == repr(change[: len(row)])  # True is not 1
             if is_same and case in (row[3:] or [case]):
@@ -408,7 +408,7 @@ class Judge:
         return False
 
     def outdated(self) -> Iterator[str]:
-        """Yield what has not occurred, and what to do about it."""
+        """Yield each expected difference that has not occurred, and what to do."""
         for why, rows in DIFFERENCES.items():
             for row in rows:
                 found = self.occurred[repr(row)]
@@ -418,27 +418,27 @@ class Judge:
 
 
 BAD_CASE = """\
-0.9.0 sends {} events and ends with {}. Mend the case. The errors of 0.9.0:
+0.9.0 sends {} events and exits with {}. Fix the case. 0.9.0 printed these errors:
 {}"""
 UNEXPECTED = """\
 `{0}`: 0.9.0 has {1!r}, and this package has {2!r}.
-Mend kedro_telemetry.py. If it is meant, add to DIFFERENCES, with the reason (and with
-this case, if the values do not tell): ({0!r}, {1!r}, {2!r})"""
-CRASHED = "\nThe errors of this package:\n{}"
+Fix kedro_telemetry.py. If the difference is intended, add it to DIFFERENCES with its
+reason (and this case, if the values are not enough): ({0!r}, {1!r}, {2!r})"""
+CRASHED = "\nThis package printed these errors:\n{}"
 ADDED = """\
 `{0}`: only this package has it.
-If it is a new property, add to DIFFERENCES, with the reason: ({0!r}, ABSENT)
-Else mend kedro_telemetry.py; or, if it is meant, add ({0!r}, ABSENT, its value)."""
+If it is a new property, add it to DIFFERENCES with its reason: ({0!r}, ABSENT)
+Otherwise, fix kedro_telemetry.py or, if intended, add ({0!r}, ABSENT, its value)."""
 OUTDATED = """\
 {1} does not occur in {2}.
-Mend kedro_telemetry.py. If this is meant, take it out of DIFFERENCES, where it is for
+Fix kedro_telemetry.py. If this is intended, remove it from DIFFERENCES, where it has
 this reason: {0}."""
 
 
 def compare(peer: str, ours: str, cases: list[Case]) -> int:
-    """Run cases with both Pythons, print what is found, and return an exit status."""
+    """Run cases with both Pythons, print the results, and return an exit status."""
     judge = Judge()
-    faults: defaultdict[str, list[str]] = defaultdict(list)  # with their cases
+    faults: defaultdict[str, list[str]] = defaultdict(list)  # the cases of each fault
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         theirs = pool.map(partial(observe, peer), cases)
         own = pool.map(partial(observe, ours), cases)
@@ -464,17 +464,17 @@ def main() -> int:
     parser.add_argument("peer", metavar="PEER_PYTHON")
     parser.add_argument("ours", metavar="OURS_PYTHON")
     parser.add_argument(
-        "cases", metavar="CASE", nargs="*", help="its name; or all cases"
+        "cases", metavar="CASE", nargs="*", help="a case's name; default: all cases"
     )
-    # Of argparse's actions, "version" prints a text and ends.
+    # argparse's "version" action prints a text and exits.
     text = "\n".join(names)
     parser.add_argument("--list", action="version", version=text, help="list the cases")
     given = parser.parse_args()
     for name in given.cases:
         if name not in names:
-            parser.error(f"no case is called {name!r}; --list shows their names")
+            parser.error(f"there is no case {name!r}; --list shows their names")
     chosen = [case for case in CASES if case.name in (given.cases or names)]
-    # Not resolved, as an environment's Python is a link.
+    # Not resolved, because a virtual environment's Python is a symbolic link.
     return compare(os.path.abspath(given.peer), os.path.abspath(given.ours), chosen)
 
 
