@@ -735,7 +735,7 @@ def _may_name_this_plugin(switch: object) -> bool:
     People write a tuple, or `("kedro-telemetry")`, which is a string. Some use an
     underscore. Other types, such as generators, may hide their contents.
     """
-    if not isinstance(switch, (list, tuple, set, frozenset, str)):
+    if not isinstance(switch, list | tuple | set | frozenset | str):
         return True
     return PLUGIN_NAME in re.sub("[-_.]+", "-", str(switch).lower())
 
@@ -930,7 +930,7 @@ def _for_heap(properties: Properties) -> Properties:
         if value is None:
             continue
         with _suppress_and_log("Converting a property"):  # `str()` of a huge int fails
-            is_number = isinstance(value, (int, float))
+            is_number = isinstance(value, int | float)
             # JSON has no inf or nan, and Heap accepts no larger numbers.
             is_sent = is_number and abs(value) <= sys.float_info.max
             text = str(value)[:LONGEST_TEXT]
