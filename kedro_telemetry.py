@@ -1391,15 +1391,24 @@ def _ssl_contexts(post: _Post) -> Iterator[SSLContext]:
         context.load_default_certs()
     file = os.environ.get("SSL_CERT_FILE") or paths.openssl_cafile
     _trust_certificates(file, context, post)
-    # Python from python.org has no authorities on macOS until the user installs them.
-    # Anyone who sets one of the variables wants no others.
-    is_set = os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")
-    certifi = sys.modules.get("certifi")
-    if certifi and not (is_set or hashed_file):
-        with suppress(NotImplementedError):  # from truststore, which asks the system
-            if context.cert_store_stats()["x509"] == 0:
-                _trust_certificates(certifi.where(), context, post)
+    if hashed_file is None and _needs_certifi(context):
+        _trust_certificates(sys.modules["certifi"].where(), context, post)
     yield context
+
+
+def _needs_certifi(context: SSLContext) -> bool:
+    """Return whether a context trusts no certificate, though nobody has asked for that.
+
+    Python from python.org has no authorities on macOS until the user installs them.
+    Anyone who sets one of the variables wants no others.
+    """
+    if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
+        return False
+    try:
+        is_empty = context.cert_store_stats()["x509"] == 0
+    except NotImplementedError:  # from truststore, which asks the system
+        return False
+    return is_empty and bool(sys.modules.get("certifi"))
 
 
 def _find_hashed_file(folders: str) -> str | None:
