@@ -19,7 +19,7 @@ release's entry points. Without them, the copy reports only sessions and does no
 """
 
 # Modules that only an event needs are imported inside functions, which keeps Kedro's
-# start-up fast. click and pluggy, and therefore Kedro, do not import them.
+# start-up fast.
 # ruff: noqa: PLC0415
 
 from __future__ import annotations
@@ -230,8 +230,8 @@ class _Report:
     def after_catalog_created(self, catalog: Any) -> None:
         """Report the session, with the catalog as Kedro created it.
 
-        pluggy calls the last registered hook first, so this one runs before the user's
-        hooks, which may add datasets.
+        pluggy calls the last registered hook first, so this one runs before those of
+        the user and of other plugins, which may add datasets.
         """
         self.send(SESSION_EVENT, catalog)
 
@@ -319,8 +319,8 @@ def __getattr__(name: str) -> Any:
 
 # kedro-telemetry's entry points and other packages import these two submodules. A
 # vendored copy also registers itself under their names. Kedro imports a project's
-# settings, and with them the copy, before any plugins, so it never imports the
-# installed release. If something has already imported that release, it keeps the names.
+# settings, and with them the copy, before any plugins, so Kedro never imports the
+# installed release. If that release has already been imported, it keeps the names.
 plugin = api = sys.modules[__name__]  # `mock.patch` looks them up as attributes
 if "kedro_telemetry.plugin" not in sys.modules:
     sys.modules["kedro_telemetry"] = plugin
@@ -359,7 +359,7 @@ def _start_post(event: _Event) -> _Post | None:
     """Start posting an event in the background; return None if it is not to be sent."""
     if _is_shell_completion():
         return None
-    # Not `_find_consent`: Kedro's own tests replace this function.
+    # Not `_find_consent`: Kedro's own tests replace `_check_for_telemetry_consent`.
     decision = _check_for_telemetry_consent(event.project_path)
     if _is_debug_mode():
         _print_for_debugging(event, decision)
@@ -429,7 +429,7 @@ def _user_folders() -> list[Path]:
     folder, and tox and cron unset it. A service without a home folder has none.
     """
     if sys.platform == "win32":
-        # 0.9.0 keeps its files in kedro\\kedro.
+        # 0.9.0 keeps its files in `kedro\kedro`.
         parents = [os.path.join(os.environ.get("LOCALAPPDATA", ""), "kedro")]
     elif sys.platform == "darwin":
         parents = [os.path.expanduser("~/Library/Application Support")]
@@ -468,13 +468,10 @@ def _read(path: Path) -> bytes | None:
 
 
 def _parse_toml(content: bytes) -> dict[str, Any]:
-    """Return a TOML document. Raises ValueError if it is not valid TOML in UTF-8."""
+    """Return a TOML document. Raises an exception if it is not valid TOML in UTF-8."""
     import tomllib
 
-    try:
-        return tomllib.loads(content.decode())
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    return tomllib.loads(content.decode())
 
 
 def _table(parent: dict[str, Any], name: str) -> dict[str, Any]:
@@ -484,7 +481,7 @@ def _table(parent: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _replace(path: Path, old: bytes | None, new: bytes) -> None:
-    """Replace a file in one step, if it still contains `old` (None: if there is none).
+    """Replace a file in one step, if it still contains `old` (None: if it is absent).
 
     The disk may be full, or an editor may save the file at the same moment. The owner
     and symbolic links are preserved and, where the file system allows it, so are the
@@ -721,9 +718,10 @@ def _imported_settings_consent(project: _Project) -> _Consent:
         if variable in names:  # some people assign the variable here
             file = Path(str(names.get("__file__")))
             return _Consent(False, f"this file names {variable}", file)
-    switch = names.get(HOOK_SWITCH, ())
     if loaded is not None and package == loaded:  # Kedro also reads dynaconf's files
         switch = getattr(sys.modules["kedro.framework.project"].settings, HOOK_SWITCH)
+    else:
+        switch = names.get(HOOK_SWITCH, ())
     if _may_name_this_plugin(switch):
         return _Consent(False, f"Kedro's setting {HOOK_SWITCH} names {PLUGIN_NAME}")
     return NO_DECISION
@@ -767,8 +765,8 @@ def _other_settings_files(project: _Project) -> Iterator[Path]:
 def _source_consent(path: Path) -> _Consent:
     """Return the decision in the source code of settings, without running it.
 
-    Any mention of a name that can deny consent does so, except in comment lines, which
-    Kedro's template has. So does `import *`, because what it imports is unknown.
+    Any mention of a name that can deny consent does so, except in a comment line, where
+    Kedro's template has one. So does `import *`, because what it imports is unknown.
     """
     try:
         lines = (_read(path) or b"").splitlines()
@@ -788,7 +786,7 @@ def _source_consent(path: Path) -> _Consent:
 
 
 def _show_notice() -> None:
-    """Print the notice until somebody has seen it.
+    """Print the notice, unless somebody has already seen it.
 
     Never on CI machines: Azure Pipelines may fail a job that writes to standard error.
     """
@@ -847,7 +845,7 @@ def _identity_in(content: bytes | None) -> str:
     try:
         document = _parse_toml(content or b"")
         return UUID(str(_table(document, "telemetry").get("uuid"))).hex
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter if it is nested too deeply
         return ""
 
 
@@ -896,13 +894,14 @@ def _add_project_id(project: _Project) -> None:
 def _create_body(event: _Event) -> dict[str, Any]:
     """Return an event as Heap receives it, creating any missing ids."""
     project = _Project(event.project_path)
-    # Other plugins name the project of their event. For a packaged project, Kedro uses
-    # the current directory, which may belong to another project. The project is the
-    # right one if Kedro has loaded no project, or has loaded this one at any time.
+    # Other plugins name the project of their event.
     if event.name in (COMMAND_EVENT, SESSION_EVENT):
+        # For a packaged project, Kedro uses the current directory, which may belong to
+        # another project. The folder's project is meant if Kedro has loaded none, or if
+        # this process has loaded it at any time.
         loaded = _loaded_package()
-        is_own = loaded in (None, project.package) or project.package in sys.modules
-        project = project if is_own else _Project(None)
+        is_meant = loaded in (None, project.package) or project.package in sys.modules
+        project = project if is_meant else _Project(None)
     identity = _get_or_create_identity()
     project_id = _get_or_create_hashed_project_id(project)
     properties = dict(event.properties)
@@ -932,9 +931,9 @@ def _for_heap(properties: Properties) -> Properties:
         with _suppress_and_log("Converting a property"):  # `str()` of a huge int fails
             is_number = isinstance(value, int | float)
             # JSON has no inf or nan, and Heap accepts no larger numbers.
-            is_sent = is_number and abs(value) <= sys.float_info.max
+            is_kept = is_number and abs(value) <= sys.float_info.max
             text = str(value)[:LONGEST_TEXT]
-            accepted[str(key)[:LONGEST_TEXT]] = value if is_sent else text
+            accepted[str(key)[:LONGEST_TEXT]] = value if is_kept else text
     return accepted
 
 
@@ -984,7 +983,8 @@ def _public_tools(written: object) -> str | None:
 def _session_properties(catalog: Any, project: _Project) -> Properties:
     """Return a session's properties. Add a new one here.
 
-    A later Kedro version may drop a private name that one part uses. The others stay.
+    A later Kedro version may drop a private name that one count uses. The other counts
+    are still sent.
     """
     properties: Properties = {}
     with _suppress_and_log("Counting the datasets"):
@@ -1103,7 +1103,7 @@ def _mask(words: list[str]) -> list[str]:
     if not commands and rest and rest[0] not in options:
         return [MASK]  # a project's own command, or a typo
     masked = words[: len(commands)]
-    for previous, word in pairwise(["", *rest]):
+    for previous, word in pairwise(["", *rest]):  # each word and the one before it
         is_starter = previous in options and _is_official_starter(previous, word)
         masked.append(word if word in options or is_starter else MASK)
     return masked
@@ -1241,7 +1241,8 @@ class _Post(threading.Thread):
         self.status: int | None = None  # None until Heap has answered
         self.outcome = "no answer in time"
         self.is_over = False  # whether the caller has stopped waiting
-        # Modules for the functions below, and the codec that Python needs for a host
+        # Modules for the functions below, and the codec that Python needs for a
+        # host name
         for name in ("encodings.idna", "http.client", "ssl", "urllib.request"):
             import_module(name)
         with suppress(Exception):  # it may not be installed
@@ -1255,7 +1256,6 @@ class _Post(threading.Thread):
             with suppress(AttributeError):  # Windows has no such signal
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
             self.status = self.empty_context.run(_post, self)
-            self.outcome = str(self.status)
         except Exception as error:
             # urllib wraps most errors. Their text may contain a proxy password.
             reason = getattr(error, "reason", None)
@@ -1283,7 +1283,8 @@ def _wait_for(post: _Post) -> bool:
         post.join(DEADLINE)
     finally:
         post.is_over = True
-        # Not `post.is_alive()`, which is wrong after Ctrl-C on CPython 3.11 and 3.12
+        # Not `post.is_alive()`, which is wrong after Ctrl-C on CPython 3.11 and 3.12.
+        # This is read once, because the thread may still set it.
         status = post.status
         with _suppress_and_log("Ending the wait for Heap"):
             if status is None and time.monotonic() - post.start_time > DEADLINE / 4:
@@ -1292,7 +1293,7 @@ def _wait_for(post: _Post) -> bool:
             content = post.content
             if post.identity:
                 content = content.replace(post.identity, MASK)
-            _log("Post of %s: %s", content, post.outcome)
+            _log("Post of %s: %s", content, status or post.outcome)
     return status == ACCEPTED
 
 
@@ -1400,7 +1401,7 @@ def _needs_certifi(context: SSLContext) -> bool:
     """Return whether a context trusts no certificate, though nobody has asked for that.
 
     Python from python.org has no authorities on macOS until the user installs them.
-    Anyone who sets one of the variables wants no others.
+    Anyone who sets one of the variables wants no other authorities.
     """
     if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
         return False
@@ -1443,13 +1444,13 @@ def _trust_certificates(path: str, context: SSLContext, post: _Post) -> None:
     """Make a context trust all the certificates in a file.
 
     OpenSSL could be slow to read the file itself, and the process could end meanwhile.
-    Loading one certificate from memory takes it less than a millisecond, during which
-    it holds the GIL, without which the process cannot end.
+    It loads one certificate from memory in less than a millisecond, and the process
+    cannot end during that time, because OpenSSL holds the GIL.
     """
     import ssl
 
     begin, end = b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----"
-    for block in _read_certificates(path).split(end):
+    for block in _read_certificates(path).split(end):  # the last block has none
         post.raise_if_over()
         certificate = begin + block.rpartition(begin)[2] + end
         with suppress(ssl.SSLError):  # one of them may be broken
@@ -1621,9 +1622,9 @@ def _add_telemetry_command(is_in_project: bool) -> None:
     """Add `kedro telemetry` to Kedro's own commands.
 
     In a project, a command of the same name from the project or a plugin takes
-    precedence. An entry point in `kedro.global_commands` would fail Kedro's own tests,
-    which count the groups. Nor would it help a vendored copy: the installed release may
-    be 0.9.0, whose entry points are hooks.
+    precedence. An entry point in `kedro.global_commands` would make Kedro's own tests
+    fail, because they count the groups. It would not help a vendored copy either: the
+    installed release may be 0.9.0, whose entry points are hooks.
     """
     from kedro.framework.cli import cli as cli_module
 
