@@ -281,7 +281,8 @@ def _get_or_create_uuid() -> str:
     """Return the user's identity, or "" if consent is denied or none can be stored."""
     if _check_for_telemetry_consent(None) is False:
         return ""
-    return _get_or_create_identity()
+    _store_missing_identity()
+    return _stored_identity()
 
 
 def _get_heap_app_id() -> str:
@@ -296,9 +297,11 @@ def _get_project_properties(user_uuid: str, project_path: Path | None) -> Proper
     is created and `project_id` is omitted.
     """
     with _suppress_and_log("Reading the project"):
-        is_denied = _check_for_telemetry_consent(project_path) is False
         project = _Project(project_path)
-        project_id = None if is_denied else _get_or_create_hashed_project_id(project)
+        project_id = None
+        if _check_for_telemetry_consent(project_path) is not False:
+            _store_missing_project_id(project)
+            project_id = _hashed_project_id(project)
         return _for_heap(_base_properties(user_uuid, project, project_id))
     return {}
 
@@ -816,19 +819,16 @@ def _may_create_ids() -> bool:
     return not (_is_ci_env() or _is_debug_mode())
 
 
-def _get_or_create_identity() -> str:
-    """Return or create the user's identity; "" if none is allowed or can be stored."""
+def _store_missing_identity() -> None:
+    """Store a new identity if the user has none and may get one."""
     from uuid import uuid4
 
     with _suppress_and_log("Storing the identity"):
         path = _user_file("telemetry.toml")
         content = _read(path)
-        identity = _identity_in(content)
-        if identity or not _may_create_ids():
-            return identity
-        # Only this plugin writes the file, so one without an identity is replaced.
-        _replace(path, content, f'[telemetry]\nuuid = "{uuid4().hex}"\n'.encode())
-    return _stored_identity()  # another process may have stored one first
+        if not _identity_in(content) and _may_create_ids():
+            # Only this plugin writes the file, so one without an identity is replaced.
+            _replace(path, content, f'[telemetry]\nuuid = "{uuid4().hex}"\n'.encode())
 
 
 def _stored_identity() -> str:
@@ -849,16 +849,32 @@ def _identity_in(content: bytes | None) -> str:
         return ""
 
 
-def _get_or_create_hashed_project_id(project: _Project) -> str | None:
+def _store_missing_project_id(project: _Project) -> None:
+    """Add a table with a new id to the end of a Kedro project's `pyproject.toml`.
+
+    A file that already has the table is left unchanged.
+    """
+    from uuid import uuid4
+
+    tables, content = project.tool, project.content
+    if content is None or "kedro" not in tables or "kedro_telemetry" in tables:
+        return
+    if not _may_create_ids():
+        return
+    newline = "\r\n" if b"\r\n" in content else "\n"
+    gap = newline if content.endswith(b"\n") else newline * 2
+    lines = ("[tool.kedro_telemetry]", f'project_id = "{uuid4().hex}"', "")
+    edited = content + (gap + newline.join(lines)).encode()
+    with _suppress_and_log("Storing a project id"):
+        _parse_toml(edited)  # raises if an inline `tool = {...}` allows no more tables
+        _replace(project.file, content, edited)
+
+
+def _hashed_project_id(project: _Project) -> str | None:
     """Return the hash of a project's id and package; None if the project has no id."""
     from hashlib import sha512
 
-    project_id = project.id
-    if project_id is None and _may_create_ids():
-        with _suppress_and_log("Storing a project id"):
-            _add_project_id(project)
-        # Another process may have stored one first.
-        project_id = _Project(project.path).id
+    project_id = _Project(project.path).id  # as it is now
     if project_id is None:
         return None
     # This keeps the hash the same as in kedro-telemetry 0.9.0. The declared name comes
@@ -866,26 +882,6 @@ def _get_or_create_hashed_project_id(project: _Project) -> str | None:
     loaded = _loaded_package()
     package = (project.package or loaded) if loaded else "undefined_package_name"
     return sha512(f"{project_id}{package}".encode()).hexdigest()
-
-
-def _add_project_id(project: _Project) -> None:
-    """Add a table with a new id to the end of a Kedro project's `pyproject.toml`.
-
-    A file that already has the table is left unchanged. Raises ValueError if the table
-    would make the file invalid, and OSError if the file cannot be replaced.
-    """
-    from uuid import uuid4
-
-    content = project.content
-    tables = project.tool
-    if content is None or "kedro" not in tables or "kedro_telemetry" in tables:
-        return
-    newline = "\r\n" if b"\r\n" in content else "\n"
-    gap = newline if content.endswith(b"\n") else newline * 2
-    lines = ("[tool.kedro_telemetry]", f'project_id = "{uuid4().hex}"', "")
-    edited = content + (gap + newline.join(lines)).encode()
-    _parse_toml(edited)  # raises if an inline `tool = {...}` allows no more tables
-    _replace(project.file, content, edited)
 
 
 # Properties: what an event reports
@@ -902,8 +898,8 @@ def _create_body(event: _Event) -> dict[str, Any]:
         loaded = _loaded_package()
         is_meant = loaded in (None, project.package) or project.package in sys.modules
         project = project if is_meant else _Project(None)
-    identity = _get_or_create_identity()
-    project_id = _get_or_create_hashed_project_id(project)
+    _store_missing_identity()
+    _store_missing_project_id(project)
     properties = dict(event.properties)
     if event.words is not None:
         with _suppress_and_log("Masking the command"):
@@ -912,6 +908,9 @@ def _create_body(event: _Event) -> dict[str, Any]:
             properties["main_command"] = masked[0] if masked else "kedro"
     if event.catalog is not None:
         properties |= _session_properties(event.catalog, project)
+    # The ids are read last, because other processes may have stored theirs meanwhile.
+    identity = _stored_identity()
+    project_id = _hashed_project_id(project)
     properties |= _base_properties(identity, project, project_id)
     return {
         "app_id": _get_heap_app_id(),
