@@ -856,10 +856,10 @@ def _store_missing_project_id(project: _Project) -> None:
     """
     from uuid import uuid4
 
-    tables, content = project.tool, project.content
-    if content is None or "kedro" not in tables or "kedro_telemetry" in tables:
+    content = project.content
+    if content is None or "kedro" not in project.tool:
         return
-    if not _may_create_ids():
+    if "kedro_telemetry" in project.tool or not _may_create_ids():
         return
     newline = "\r\n" if b"\r\n" in content else "\n"
     gap = newline if content.endswith(b"\n") else newline * 2
@@ -1240,8 +1240,7 @@ class _Post(threading.Thread):
         self.status: int | None = None  # None until Heap has answered
         self.outcome = "no answer in time"
         self.is_over = False  # whether the caller has stopped waiting
-        # Modules for the functions below, and the codec that Python needs for a
-        # host name
+        # Modules for the functions below, and the codec of host names
         for name in ("encodings.idna", "http.client", "ssl", "urllib.request"):
             import_module(name)
         with suppress(Exception):  # it may not be installed
