@@ -135,7 +135,7 @@ not_root = pytest.mark.skipif(
     os.name != "posix" or os.geteuid() == 0, reason="root may read and write everything"
 )
 since_kedro_0_19 = pytest.mark.skipif(KEDRO < (0, 19), reason="Kedro 0.18 does not")
-since_kedro_1 = pytest.mark.skipif(KEDRO < (1, 0), reason="no types before Kedro 1.0")
+since_kedro_1 = pytest.mark.skipif(KEDRO < (1, 0), reason="Kedro 0.19 does not")
 
 
 # Shared helpers: a Heap, a user, projects
@@ -3152,7 +3152,7 @@ RELY_ON = "What you can rely on"
 
 
 @needs_readme
-@since_kedro_0_19
+@since_kedro_1
 def test_the_proof_of_exit_status_says_same(run_sh, new_project):
     done = run_sh(readme_block("sh", readme_section(RELY_ON)))
     lines = done.stdout.splitlines()
