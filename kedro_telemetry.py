@@ -1399,7 +1399,7 @@ def _needs_certifi(context: SSLContext) -> bool:
     """Return whether a context trusts no certificate, though nobody has asked for that.
 
     Python from python.org has no authorities on macOS until the user installs them.
-    Anyone who sets one of the variables wants no other authorities.
+    Anyone who sets one of the variables has not asked for those of certifi.
     """
     if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
         return False
@@ -1443,7 +1443,7 @@ def _trust_certificates(path: str, context: SSLContext, post: _Post) -> None:
 
     OpenSSL could be slow to read the file itself, and the process could end meanwhile.
     It loads one certificate from memory in less than a millisecond, and the process
-    cannot end during that time, because OpenSSL holds the GIL.
+    cannot end during that time, because Python keeps the GIL for this call.
     """
     import ssl
 
