@@ -13,13 +13,15 @@ To vendor the module, copy it into the folder that contains your project's
 
     HOOKS = (telemetry_hook,)
 
-Keep any release of kedro-telemetry installed: Kedro finds the copy through that
-release's entry points. Without them, the copy reports only sessions and does not add
-`kedro telemetry`.
+It needs Python 3.11 and Kedro 0.18.14 or later. Keep any release of kedro-telemetry
+installed: its entry points lead Kedro to the copy. Without them, the copy reports only
+sessions and does not add `kedro telemetry`.
 """
 
 # Modules that only an event needs are imported inside functions, which keeps Kedro's
-# start-up fast.
+# start-up fast. Their classes are annotated as Any, because beartype and typeguard
+# resolve annotations at run time, when a name imported under TYPE_CHECKING is missing.
+# click's classes are Any as well, because rich-click can replace them at any time.
 # ruff: noqa: PLC0415
 
 from __future__ import annotations
@@ -40,26 +42,20 @@ from functools import cache
 from inspect import unwrap
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import click
 from pluggy import HookimplMarker
-
-if TYPE_CHECKING:
-    from http.client import HTTPSConnection
-    from ssl import SSLContext
-    from urllib.request import Request
 
 __version__ = "1.0.0"
 
 ENDPOINT = "https://heapanalytics.com/api/track"
 APP_ID = "2388822444"
-HEADERS = ("Host", "User-Agent", "Content-Type", "Content-Length")
+HEADERS = ("Host", "User-Agent", "Content-Type", "Content-Length")  # no others
 DOCUMENTATION = "https://docs.kedro.org/en/stable/about/telemetry/"
 DEADLINE = 2.0  # seconds that a command waits for Heap
 BACK_OFF = 3600.0  # seconds without sending after Heap has not answered in time
-LARGEST_FILE = 2**20  # bytes; larger project and user files are not read
-LARGEST_BUNDLE = 2**24  # bytes; the rest of a certificate file is not read
+LARGEST_FILE = 2**20  # bytes; larger files are not read, or only so far
 LONGEST_TEXT = 1023  # characters that Heap accepts in a key or a value
 ACCEPTED = 200  # Heap's status for an event that it has accepted
 
@@ -130,17 +126,18 @@ _session_hook = HookimplMarker("kedro")
 class KedroTelemetryHook:
     """Reports each command, and each session that no command's report covers.
 
-    The hooks raise only exceptions from signal handlers, such as KeyboardInterrupt. Any
-    other exception would end the command with a traceback.
+    The hooks raise only what the user's signal handlers raise, such as Ctrl-C's
+    KeyboardInterrupt. Any other exception would end the command with a traceback.
     """
 
     def __init__(self) -> None:
-        # pluggy takes the plugin's name from here. A session registers a project's
-        # HOOKS first, then skips any entry point of the same name, so a vendored copy
-        # is registered only once. Commands use only the entry point.
+        # pluggy takes the plugin's name from here. Without it, sessions of a project
+        # with a vendored copy would end in a ValueError: Kedro registers the copy from
+        # HOOKS, and pluggy would then register it again from the entry point. It skips
+        # an entry point whose name is taken.
         self.__name__ = PLUGIN_NAME
-        # None during `kedro telemetry`, and after Kedro has called `after_command_run`.
-        # Kedro does not call it for a command run with click's `standalone_mode=False`.
+        # The command that is running. If a test or service runs one with click's
+        # `standalone_mode=False`, Kedro does not say when it ends, and it stays here.
         self._command_report: _Report | None = None
 
     @_cli_hook
@@ -163,25 +160,21 @@ class KedroTelemetryHook:
         sessions of several projects at once. Each hook manager belongs to one session
         and gets only that session's catalogs.
         """
-        unregistered = None
         with _suppress_and_log("Reading the session"):
-            # CI jobs and clusters that opt out by a variable need no further checks.
-            if _environment_consent().decision is False:
+            hook_manager = context._hook_manager
+            # `kedro server start` creates a context per request within a session.
+            if hook_manager.has_plugin(SESSION_PLUGIN_NAME):
                 return
-            report = self._assign_report(context.project_path)
-            hook_manager = getattr(context, "_hook_manager", None)
-            if hook_manager is None:  # private, so a later Kedro version may drop it
-                _log("The session has no hook manager")
-                unregistered = report
-            elif not hook_manager.has_plugin(SESSION_PLUGIN_NAME):
-                # `kedro server start` creates a context per request within a session.
-                hook_manager.register(report, SESSION_PLUGIN_NAME)
-        if unregistered is not None:  # outside the `with`: see `_send`
-            unregistered.send(SESSION_EVENT)
+            report = self._command_report
+            if report is None or not report.may_have_opened(context.project_path):
+                report = _Report(None, context.project_path)
+            # A plugin's command outside projects may have an option for a project.
+            report.project_path = report.project_path or context.project_path
+            hook_manager.register(report, SESSION_PLUGIN_NAME)
 
     @_cli_hook
     def after_command_run(self) -> None:
-        """Report the command, unless one of its sessions has been reported."""
+        """Report the command, unless one of its sessions has sent the report."""
         report = self._command_report
         self._command_report = None
         if report is None:
@@ -189,19 +182,6 @@ class KedroTelemetryHook:
         # The command itself has ended, and Ctrl-C must not change its exit status.
         with suppress(KeyboardInterrupt):
             report.send(COMMAND_EVENT)
-
-    def _assign_report(self, project_path: Path) -> _Report:
-        """Return the report that covers a session: the command's or a new one.
-
-        A plugin command run outside a project may open a project through an option. Its
-        report then gets that project's path.
-        """
-        report = self._command_report
-        if report is None or not report.may_have_opened(project_path):
-            return _Report(None, project_path)
-        if report.project_path is None:
-            report.project_path = project_path
-        return report
 
 
 class _Report:
@@ -221,8 +201,8 @@ class _Report:
         return (
             self.project_path is None
             or os.path.realpath(self.project_path) == os.path.realpath(project_path)
-            # kedro-auto-catalog passes a package name where Kedro expects a path. A
-            # path without a project cannot be another project.
+            # kedro-auto-catalog passes a package name where Kedro expects a path. If
+            # there is no project, it is not the path of a different project.
             or not Path(project_path, "pyproject.toml").exists()
         )
 
@@ -254,7 +234,7 @@ def send_telemetry_event(
     properties: Properties | None = None,
     project_path: Path | None = None,
 ) -> bool:
-    """Send another Kedro plugin's event, subject to the same consent.
+    """Send another Kedro plugin's event, if the user's consent allows it.
 
     Args:
         event_name: The name of the event, such as `kedro_skills_install`.
@@ -265,8 +245,8 @@ def send_telemetry_event(
     Returns:
         True if Heap has accepted the event. The function waits at most two seconds.
 
-    It may print the notice, and store an identity or a project id. It raises only
-    exceptions from signal handlers, such as KeyboardInterrupt.
+    It may print the notice, and store an identity or a project id. It raises only what
+    the user's signal handlers raise, such as Ctrl-C's KeyboardInterrupt.
     """
     own = {} if properties is None else properties
     return _send(_Event(event_name, project_path, own))
@@ -301,7 +281,8 @@ def _get_project_properties(user_uuid: str, project_path: Path | None) -> Proper
         project_id = None
         if _check_for_telemetry_consent(project_path) is not False:
             _store_missing_project_id(project)
-            project_id = _hashed_project_id(project)
+            # Read anew, because another process may have stored its id meanwhile.
+            project_id = _hashed_project_id(_Project(project_path))
         return _for_heap(_base_properties(user_uuid, project, project_id))
     return {}
 
@@ -320,10 +301,11 @@ def __getattr__(name: str) -> Any:
     return ProjectMetadata
 
 
-# kedro-telemetry's entry points and other packages import these two submodules. A
-# vendored copy also registers itself under their names. Kedro imports a project's
-# settings, and with them the copy, before any plugins, so Kedro never imports the
-# installed release. If that release has already been imported, it keeps the names.
+# The entry points of every release, and other packages, import these two submodules. A
+# vendored copy takes their names. Otherwise Kedro would also load the installed release
+# for its entry points, and a command with a session would be two events. Kedro imports
+# a project's settings, and with them the copy, before any plugins. If the release has
+# been imported even earlier, it keeps the names, because other modules may use it.
 plugin = api = sys.modules[__name__]  # `mock.patch` looks them up as attributes
 if "kedro_telemetry.plugin" not in sys.modules:
     sys.modules["kedro_telemetry"] = plugin
@@ -334,21 +316,29 @@ if "kedro_telemetry.plugin" not in sys.modules:
 # The function that every event goes through
 
 
-class _Event(NamedTuple):
+class _Event:
     """What an event is made of."""
 
-    name: str
-    project_path: Path | None  # None outside projects
-    properties: Properties  # another plugin's
-    words: list[str] | None = None  # a command's arguments, if any
-    catalog: Any = None  # a session's, if any
+    def __init__(
+        self,
+        name: str,
+        project_path: Path | None,
+        properties: Properties,
+        words: list[str] | None = None,
+        catalog: Any = None,
+    ) -> None:
+        self.name = name
+        self.project_path = project_path  # None outside projects
+        self.properties = properties  # another plugin's
+        self.words = words  # a command's arguments, if any
+        self.catalog = catalog  # a session's, if any
 
 
 def _send(event: _Event) -> bool:
     """Send an event if consent allows it; return True if Heap has accepted it.
 
-    A failure loses the event but never breaks the command. The wait is outside the
-    `try`, so exceptions from the user's signal handlers reach the caller.
+    If something fails, the event is lost and the command never sees the error. The wait
+    is outside the `try`, so what the user's signal handlers raise reaches the caller.
     """
     try:
         post = _start_post(event)
@@ -359,10 +349,13 @@ def _send(event: _Event) -> bool:
 
 
 def _start_post(event: _Event) -> _Post | None:
-    """Start posting an event in the background; return None if it is not to be sent."""
+    """Start posting an event in the background; return None if it is not to be sent.
+
+    It may also print the event or the notice, and store missing ids.
+    """
     if _is_shell_completion():
         return None
-    # Not `_find_consent`: Kedro's own tests replace `_check_for_telemetry_consent`.
+    # Called by this name, because Kedro's own tests replace it to report nothing.
     decision = _check_for_telemetry_consent(event.project_path)
     if _is_debug_mode():
         _print_for_debugging(event, decision)
@@ -396,12 +389,12 @@ def _is_debug_mode() -> bool:
 
 
 def _print_for_debugging(event: _Event, decision: bool | None) -> None:
-    """Print an event, or why it is not sent, and change nothing."""
+    """Print an event, or why it is not sent. Store nothing."""
     if decision is False:
         text = f"sends nothing: {_find_consent(event.project_path).text}"
     else:
         text = f"would send:\n{json.dumps(_create_body(event), indent=2)}"
-    click.echo(f"kedro-telemetry {text}", err=True)
+    click.echo(_printable(f"kedro-telemetry {text}"), err=True)
 
 
 def _log(message: str, *args: object) -> None:
@@ -410,6 +403,16 @@ def _log(message: str, *args: object) -> None:
     # raises SystemExit if standard output is closed (`kedro run | head`).
     with suppress(Exception, SystemExit):
         logger.debug(message, *args, extra={"markup": False})
+
+
+def _printable(text: str) -> str:
+    """Return a text that can be printed anywhere: `Jos\\xe9` where output is ASCII.
+
+    Paths that are not UTF-8 cannot be printed as they are, and `click.format_filename`
+    returns them unchanged before click 8.1.4.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextmanager
@@ -424,41 +427,51 @@ def _suppress_and_log(what: str) -> Iterator[None]:
 # Files: helpers to read and write them
 
 
-def _user_folders() -> list[Path]:
-    """Return the user's configuration folders, such as `/home/alice/.config/kedro`.
+def _home() -> Path:
+    """Return the user's home folder, such as `/home/alice`.
 
-    The first contains the plugin's files, as in kedro-telemetry 0.9.0. A decision is
-    saved in all of them, because VS Code from Flatpak sets XDG_CONFIG_HOME to its own
-    folder, and tox and cron unset it. A service without a home folder has none.
+    Raises OSError if there is none, as with some services.
     """
-    if sys.platform == "win32":
-        # 0.9.0 keeps its files in `kedro\kedro`.
-        parents = [os.path.join(os.environ.get("LOCALAPPDATA", ""), "kedro")]
-    elif sys.platform == "darwin":
-        parents = [os.path.expanduser("~/Library/Application Support")]
-    else:
-        parents = [os.environ.get("XDG_CONFIG_HOME", "")]
-        parents.append(os.path.expanduser("~/.config"))
-    # According to the XDG specification, an empty or relative path counts as unset.
-    folders = [Path(parent, "kedro") for parent in parents if os.path.isabs(parent)]
-    return list(dict.fromkeys(folders))
+    home = os.path.expanduser("~")
+    # `expanduser` turns an empty HOME into "/", which is nobody's home.
+    if os.environ.get("HOME") == "" or not os.path.isabs(home):
+        raise OSError("there is no home folder")
+    return Path(home)
+
+
+def _decision_file() -> Path:
+    """Return the path of the user's own decision, which counts for all projects.
+
+    It ignores XDG_CONFIG_HOME: VS Code from Flatpak sets that variable, tox and cron
+    unset it, and a denial would not count there. Raises OSError if there is no home
+    folder.
+    """
+    return _home() / ".config/kedro/.telemetry"
 
 
 def _user_file(name: str) -> Path:
-    """Return the path of one of the plugin's files.
+    """Return the path of a file in the folder where 0.9.0 stores `telemetry.toml`.
 
-    Raises OSError if the user has no home folder, as with some services.
+    Raises OSError if the user has no home folder.
     """
-    folders = _user_folders()
-    if not folders:
+    if sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA", ""), "kedro", "kedro")
+    elif sys.platform == "darwin":
+        folder = _home() / "Library/Application Support/kedro"
+    else:
+        parent = os.environ.get("XDG_CONFIG_HOME", "")
+        # According to the XDG specification, an empty or relative path counts as unset.
+        folder = Path(parent if os.path.isabs(parent) else _home() / ".config", "kedro")
+    if not folder.is_absolute():
         raise OSError("there is no home folder")
-    return folders[0] / name
+    return folder / name
 
 
 def _read(path: Path) -> bytes | None:
     """Return the content of a file, or None if there is no file.
 
-    Raises OSError if it cannot be read. A dangling symlink counts as unreadable.
+    Raises OSError if it cannot be read. So does a dangling link, whose file may be on a
+    drive that is not mounted.
     """
     try:
         os.lstat(path)
@@ -483,50 +496,39 @@ def _table(parent: dict[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _replace(path: Path, old: bytes | None, new: bytes) -> None:
-    """Replace a file in one step, if it still contains `old` (None: if it is absent).
+def _write_in_place(path: Path, old: bytes | None, new: bytes) -> None:
+    """Change a file's content from `old` (None: if it is absent) to `new`.
 
-    The disk may be full, or an editor may save the file at the same moment. The owner
-    and symbolic links are preserved and, where the file system allows it, so are the
-    mode, access lists and attributes. Raises OSError if the file has changed or cannot
-    be replaced.
+    Its owner, mode and links stay as they are, and a file that Docker mounts or that a
+    colleague owns can be changed too. If `new` begins with `old`, only the rest is
+    written: processes that add a project id at the same moment, such as those of 0.9.0,
+    write equally many bytes to the same place, so `pyproject.toml` stays valid.
+
+    Raises OSError if the file is read-only or has changed meanwhile, or if the disk is
+    full. If writing fails, the old content is put back; a new file may stay, empty.
     """
-    target = Path(os.path.realpath(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
-    try:
-        with open(temporary, "xb") as file:
-            if old is not None:
-                _copy_metadata(target, temporary)
-            file.write(new)
-            file.flush()
-            os.fsync(file.fileno())
-        if _read(target) != old:
-            raise OSError("changed meanwhile")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _copy_metadata(source: Path, target: Path) -> None:
-    """Copy owner, mode and attributes to a new file.
-
-    Raises OSError if `source` is read-only, or if its owner cannot be kept. Root could
-    write to a read-only file, but somebody has made it read-only on purpose.
-    """
-    from shutil import copymode, copystat
-
-    found = source.stat()
-    made = target.stat()
-    if not (found.st_mode & 0o222 and os.access(source, os.W_OK)):
+    if old is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        old = b""
+    if not path.stat().st_mode & 0o222:  # root could write to it anyway
         raise PermissionError("read-only")
-    if (found.st_uid, found.st_gid) != (made.st_uid, made.st_gid):
-        os.chown(target, found.st_uid, found.st_gid)
-    # Mounted drives (WSL, Azure Files) may refuse either of these. `copystat` stops at
-    # the first refusal, and copies the mode late.
-    for copy in (copymode, copystat):
-        with _suppress_and_log("Copying the mode or the attributes of a file"):
-            copy(source, target)
+    start = len(old) if new.startswith(old) else 0
+    with open(path, "r+b", buffering=0) as file:
+        if file.read() != old:
+            raise OSError("changed meanwhile")
+        try:
+            file.seek(start)
+            if file.write(new[start:]) < len(new) - start:
+                raise OSError("no space left")
+            if start < len(old):  # an editor may just have saved more after the rest
+                file.truncate()
+        except BaseException:  # such as Ctrl-C
+            with suppress(OSError):
+                file.seek(start)
+                file.write(old[start:])
+                file.truncate(len(old))
+            raise
 
 
 def _write_empty(path: Path) -> None:
@@ -583,28 +585,35 @@ def _loaded_package() -> str | None:
 
 
 def _package_folders(package: str) -> list[str]:
-    """Return the real paths of a package's folders, without importing it."""
+    """Return a package's folders without importing it, and without resolving links.
+
+    uv and Bazel can fill `site-packages` with links to files that each lie in a folder
+    of their own.
+    """
     from importlib.util import find_spec
 
-    # `find_spec("a.b")` would import `a`, so the other names are joined as folders.
     module = sys.modules.get(package)
     if module is not None:
-        return [os.path.realpath(folder) for folder in getattr(module, "__path__", [])]
+        return list(getattr(module, "__path__", []))
+    # `find_spec("a.b")` would import `a`, so the other names are joined as folders.
     top, *names = package.split(".")
     spec = find_spec(top)
     roots = spec.submodule_search_locations if spec else None
-    return [os.path.realpath(Path(root, *names)) for root in roots or []]
+    return [os.path.join(root, *names) for root in roots or []]
 
 
 # Consent: whether an event may be sent at all. Each source can deny it
 
 
-class _Consent(NamedTuple):
+class _Consent:
     """A decision (True: granted, False: denied, None: undecided) and its reason."""
 
-    decision: bool | None
-    reason: str
-    path: Path | None = None  # the file that the reason refers to, if any
+    def __init__(
+        self, decision: bool | None, reason: str, path: Path | None = None
+    ) -> None:
+        self.decision = decision
+        self.reason = reason
+        self.path = path  # the file that the reason refers to, if any
 
     @property
     def text(self) -> str:
@@ -637,16 +646,14 @@ def _consent_sources(project_path: Path | None) -> Iterator[_Consent]:
     project = _Project(project_path)
     if project.is_broken:  # its settings might deny consent but cannot be found
         yield _Consent(False, "this file cannot be read", project.file)
-    yield _imported_settings_consent(project)
-    for path in _other_settings_files(project):
-        yield _source_consent(path)
+    yield from _settings_consents(project)
 
 
 def _environment_consent() -> _Consent:
     for name in OPT_OUT_VARIABLES:
         if name in os.environ:  # any value opts out, even "", "0" or "false"
             return _Consent(False, f"{name} is set")
-    # Kedro applies this variable once it has loaded a project. VS Code loads none.
+    # Kedro reads this variable when it loads a project, and VS Code loads none.
     if _may_name_this_plugin(os.environ.get(f"DYNACONF_{HOOK_SWITCH}", "")):
         return _Consent(False, f"DYNACONF_{HOOK_SWITCH} names {PLUGIN_NAME}")
     if os.environ.get("GITHUB_REPOSITORY_OWNER") == "kedro-org":  # Kedro's own CI
@@ -661,13 +668,15 @@ def _consent_files(project_path: Path | None) -> Iterable[Path]:
     directory. Parent folders are not read: below an automounter (`/home`, `/net`), that
     can take a minute.
     """
-    folders = _user_folders()
-    with _suppress_and_log("Finding the current directory"):  # it may have been deleted
-        folders.append(Path.cwd())
+    files = []
+    with suppress(OSError):  # there is no home folder
+        files.append(_decision_file())
+    with suppress(OSError):  # the current directory has been deleted
+        files.append(Path.cwd() / ".telemetry")
     if project_path is not None:
-        folders.append(Path(project_path))
+        files.append(Path(project_path, ".telemetry"))
     # Most commands run in the project root, whose file is then read only once.
-    return dict.fromkeys(folder / ".telemetry" for folder in folders)
+    return dict.fromkeys(files)
 
 
 def _file_consent(path: Path) -> _Consent:
@@ -684,10 +693,10 @@ def _file_consent(path: Path) -> _Consent:
 
 
 def _parse_consent(text: str) -> bool | None:
-    """Return True if a text says only `consent: true`, None if it says nothing.
+    """Return True if each line of a text says `consent: true`, None if it says nothing.
 
-    Anything else denies consent, such as a merge conflict, or `DO_NOT_TRACK=1`, which
-    someone put in a `.telemetry`. Blank lines and comments say nothing.
+    Blank lines and comments say nothing. Anything else denies consent: somebody wrote
+    `DO_NOT_TRACK=1` in a `.telemetry`, and a merge conflict contains both decisions.
     """
     pairs = []
     for line in re.split("[\r\n]+", text.lower()):
@@ -701,33 +710,47 @@ def _parse_consent(text: str) -> bool | None:
 
 
 def _unquote(text: str) -> str:
-    """Return a key or value without outer blanks and one matching pair of quotes."""
+    """Strip blanks, then one pair of matching quotes, from a key or a value."""
     return re.sub(r"""^(["'])(.*)\1$""", r"\2", text.strip(" \t"))
 
 
-def _imported_settings_consent(project: _Project) -> _Consent:
-    """Return the decision in the settings that this process has imported.
+def _settings_consents(project: _Project) -> Iterator[_Consent]:
+    """Yield the decisions in the settings of this project and of the loaded one.
 
-    If the project's own settings are imported, they count, even if a web service has
-    since loaded another project. Otherwise, the settings of the project that Kedro has
-    loaded count, such as a packaged one that runs in this project's folder.
+    They differ if a packaged project runs in the folder of another, or if a web service
+    has several. Either may deny consent.
     """
-    loaded = _loaded_package()
-    is_own = f"{project.package}.settings" in sys.modules
-    package = project.package if is_own else loaded
-    module = sys.modules.get(f"{package}.settings")
-    names = {} if module is None else vars(module)
+    for package in dict.fromkeys([project.package, _loaded_package()]):
+        if package is None:
+            continue
+        yield _imported_settings_consent(package)
+        for path in _other_settings_files(package, project):
+            yield _source_consent(path)
+
+
+def _imported_settings_consent(package: str) -> _Consent:
+    """Return the decision in settings that this process has imported, if any."""
+    names = _imported_settings(package)
     for variable in OPT_OUT_VARIABLES:
         if variable in names:  # some people assign the variable here
             file = Path(str(names.get("__file__")))
             return _Consent(False, f"this file names {variable}", file)
-    if loaded is not None and package == loaded:  # Kedro also reads dynaconf's files
+    if package == _loaded_package():  # Kedro also reads dynaconf's files
         switch = getattr(sys.modules["kedro.framework.project"].settings, HOOK_SWITCH)
     else:
         switch = names.get(HOOK_SWITCH, ())
     if _may_name_this_plugin(switch):
         return _Consent(False, f"Kedro's setting {HOOK_SWITCH} names {PLUGIN_NAME}")
     return NO_DECISION
+
+
+def _imported_settings(package: str) -> dict[str, Any]:
+    """Return the names in a package's imported settings, or none.
+
+    `getattr` and `hasattr` would run a `__getattr__` that the user has written.
+    """
+    module = sys.modules.get(f"{package}.settings")
+    return {} if module is None else vars(module)
 
 
 def _may_name_this_plugin(switch: object) -> bool:
@@ -741,46 +764,42 @@ def _may_name_this_plugin(switch: object) -> bool:
     return PLUGIN_NAME in re.sub("[-_.]+", "-", str(switch).lower())
 
 
-def _other_settings_files(project: _Project) -> Iterator[Path]:
-    """Yield possible settings files that this process has not imported.
+def _other_settings_files(package: str, project: _Project) -> Iterator[Path]:
+    """Yield a package's possible settings files that this process has not imported.
 
     Kedro's VS Code extension and kedro-skills check consent in processes that load no
-    project. Kedro itself carries on if it cannot import the settings. Two checkouts, or
-    an installed package and its checkout, share a package name.
+    project.
     """
+    imported = _imported_settings(package).get("__file__")
     folders = []
-    imported = None
-    if project.package is not None:
+    if package == project.package:  # its checkout, which may not be what is imported
         source = os.path.expanduser(str(project.kedro_table.get("source_dir", "src")))
-        parts = project.package.split(".")
-        folders.append(os.path.join(project.path or "", source, *parts))
-        file = getattr(sys.modules.get(f"{project.package}.settings"), "__file__", None)
-        imported = None if file is None else os.path.realpath(file)
-    loaded = _loaded_package()
-    if loaded is not None and f"{loaded}.settings" not in sys.modules:
-        folders += _package_folders(loaded)
+        folders.append(os.path.join(project.path or "", source, *package.split(".")))
+    if package == _loaded_package() and imported is None:
+        folders += _package_folders(package)  # Kedro could not import the settings
     for folder in folders:
         for name in ("settings.py", "settings/__init__.py"):
-            if os.path.realpath(os.path.join(folder, name)) != imported:
-                yield Path(folder, name)
+            path = Path(folder, name)
+            if imported is None or os.path.realpath(path) != os.path.realpath(imported):
+                yield path
 
 
 def _source_consent(path: Path) -> _Consent:
-    """Return the decision in the source code of settings, without running it.
+    """Return the decision in the text of settings, which is not run.
 
-    Any mention of a name that can deny consent does so, except in a comment line, where
-    Kedro's template has one. So does `import *`, because what it imports is unknown.
+    Any mention of one of three names may mean to opt out, such as in
+    `os.environ["DO_NOT_TRACK"]`. Comment lines do not count, because Kedro's template
+    has one. `import *` may import a name from a file that is not read.
     """
     try:
         lines = (_read(path) or b"").splitlines()
     except Exception:
         return _Consent(False, "this file cannot be read", path)
-    code = [line for line in lines if not line.lstrip().startswith(b"#")]
-    text = b"\n".join(code).decode("latin-1")  # which accepts any bytes
+    code = b"\n".join(line for line in lines if not line.lstrip().startswith(b"#"))
     for name in (*OPT_OUT_VARIABLES, HOOK_SWITCH):
-        if re.search(rf"(?a)\b{name}\b", text):
+        if re.search(rf"\b{name}\b".encode(), code):
             return _Consent(False, f"this file names {name}", path)
-    if re.search(r"\bimport[\s\\]*\*", text):
+    if re.search(rb"\bimport[\s\\]*\*", code):
         return _Consent(False, "this file imports *", path)
     return NO_DECISION
 
@@ -788,8 +807,11 @@ def _source_consent(path: Path) -> _Consent:
 # The notice: for people who have made no decision yet
 
 
+_notice_lock = threading.Lock()  # taken by a process's first notice, and kept
+
+
 def _show_notice() -> None:
-    """Print the notice, unless somebody has already seen it.
+    """Print the notice once in a process, unless somebody has already seen it.
 
     Never on CI machines: Azure Pipelines may fail a job that writes to standard error.
     """
@@ -798,6 +820,9 @@ def _show_notice() -> None:
     with _suppress_and_log("Finding out whether the notice was seen"):
         if _user_file("telemetry.notice").exists():
             return
+    # A web service would log it for each session.
+    if not _notice_lock.acquire(blocking=False):
+        return
     # Standard error may be full or closed; pythonw and services have none.
     with _suppress_and_log("Showing the notice"):
         click.echo(NOTICE, err=True)
@@ -828,7 +853,8 @@ def _store_missing_identity() -> None:
         content = _read(path)
         if not _identity_in(content) and _may_create_ids():
             # Only this plugin writes the file, so one without an identity is replaced.
-            _replace(path, content, f'[telemetry]\nuuid = "{uuid4().hex}"\n'.encode())
+            text = f'[telemetry]\nuuid = "{uuid4().hex}"\n'
+            _write_in_place(path, content, text.encode())
 
 
 def _stored_identity() -> str:
@@ -862,26 +888,24 @@ def _store_missing_project_id(project: _Project) -> None:
     if "kedro_telemetry" in project.tool or not _may_create_ids():
         return
     newline = "\r\n" if b"\r\n" in content else "\n"
-    gap = newline if content.endswith(b"\n") else newline * 2
-    lines = ("[tool.kedro_telemetry]", f'project_id = "{uuid4().hex}"', "")
-    edited = content + (gap + newline.join(lines)).encode()
+    lines = ("", "[tool.kedro_telemetry]", f'project_id = "{uuid4().hex}"', "")
+    edited = content + newline.join(lines).encode()  # as 0.9.0 writes them
     with _suppress_and_log("Storing a project id"):
         _parse_toml(edited)  # raises if an inline `tool = {...}` allows no more tables
-        _replace(project.file, content, edited)
+        _write_in_place(project.file, content, edited)
 
 
 def _hashed_project_id(project: _Project) -> str | None:
     """Return the hash of a project's id and package; None if the project has no id."""
     from hashlib import sha512
 
-    project_id = _Project(project.path).id  # as it is now
-    if project_id is None:
+    if project.id is None:
         return None
-    # This keeps the hash the same as in kedro-telemetry 0.9.0. The declared name comes
-    # first, because a web service may since have loaded another project.
+    # As in 0.9.0, so that the hashes stay the same. The declared name comes first,
+    # because a web service may have loaded another project since.
     loaded = _loaded_package()
     package = (project.package or loaded) if loaded else "undefined_package_name"
-    return sha512(f"{project_id}{package}".encode()).hexdigest()
+    return sha512(f"{project.id}{package}".encode()).hexdigest()
 
 
 # Properties: what an event reports
@@ -889,15 +913,7 @@ def _hashed_project_id(project: _Project) -> str | None:
 
 def _create_body(event: _Event) -> dict[str, Any]:
     """Return an event as Heap receives it, creating any missing ids."""
-    project = _Project(event.project_path)
-    # Other plugins name the project of their event.
-    if event.name in (COMMAND_EVENT, SESSION_EVENT):
-        # For a packaged project, Kedro uses the current directory, which may belong to
-        # another project. The folder's project is meant if Kedro has loaded none, or if
-        # this process has loaded it at any time.
-        loaded = _loaded_package()
-        is_meant = loaded in (None, project.package) or project.package in sys.modules
-        project = project if is_meant else _Project(None)
+    project = _event_project(event)
     _store_missing_identity()
     _store_missing_project_id(project)
     properties = dict(event.properties)
@@ -910,7 +926,7 @@ def _create_body(event: _Event) -> dict[str, Any]:
         properties |= _session_properties(event.catalog, project)
     # The ids are read last, because other processes may have stored theirs meanwhile.
     identity = _stored_identity()
-    project_id = _hashed_project_id(project)
+    project_id = _hashed_project_id(_Project(project.path))
     properties |= _base_properties(identity, project, project_id)
     return {
         "app_id": _get_heap_app_id(),
@@ -921,15 +937,32 @@ def _create_body(event: _Event) -> dict[str, Any]:
     }
 
 
+def _event_project(event: _Event) -> _Project:
+    """Return the project that an event is about.
+
+    A packaged project may run in the folder of another project, which Kedro then gives
+    as its path. Such an event must not have the id and tools of that other project.
+    """
+    project = _Project(event.project_path)
+    if event.name not in (COMMAND_EVENT, SESSION_EVENT):
+        return project  # other plugins name the project, and may not load it
+    if project.package in sys.modules or _loaded_package() in (None, project.package):
+        return project
+    return _Project(None)
+
+
 def _for_heap(properties: Properties) -> Properties:
-    """Return properties with values that Heap accepts, omitting those that are None."""
+    """Return properties as Heap accepts them, omitting those that are None.
+
+    Other plugins may pass any value. JSON has no infinity or NaN, and Heap accepts no
+    number that no float holds. They become text, like all values that are no numbers.
+    """
     accepted: Properties = {}
     for key, value in properties.items():
         if value is None:
             continue
         with _suppress_and_log("Converting a property"):  # `str()` of a huge int fails
             is_number = isinstance(value, int | float)
-            # JSON has no inf or nan, and Heap accepts no larger numbers.
             is_kept = is_number and abs(value) <= sys.float_info.max
             text = str(value)[:LONGEST_TEXT]
             accepted[str(key)[:LONGEST_TEXT]] = value if is_kept else text
@@ -956,7 +989,7 @@ def _base_properties(
 
 def _kedro_version() -> str | None:
     """Return Kedro's version; None if Kedro cannot be imported."""
-    # On a Python that it does not support yet, Kedro raises a warning as an exception.
+    # Kedro raises an exception on a Python that it does not support yet.
     with _suppress_and_log("Importing Kedro"):
         from kedro import __version__ as version
 
@@ -975,7 +1008,7 @@ def _public_tools(written: object) -> str | None:
     Kedro writes the array as a string: `"['Linting', 'Testing']"`. People add client
     names, which must not be sent.
     """
-    names = [name.strip() for name in re.split(r"[][,'\"]", str(written))]
+    names = [name.strip() for name in re.split(r"[\[\],'\"]", str(written))]
     return ", ".join(name for name in names if name in KEDRO_TOOLS) or None
 
 
@@ -1011,6 +1044,7 @@ def _pipeline_counts(project: _Project) -> Properties:
     """
     from kedro.framework.project import pipelines
 
+    # None for a packaged project: see `_event_project`
     if project.package not in (None, _loaded_package()):
         return {}
     # Since Kedro 1.5, `kedro run --pipelines x` loads only x.
@@ -1018,7 +1052,8 @@ def _pipeline_counts(project: _Project) -> Properties:
     if requested or not pipelines._is_data_loaded:
         return {}
     properties: Properties = {}
-    with _suppress_and_log("Counting the nodes"):  # a registry may return anything
+    # A registry may return anything; one without `__default__` still has a number.
+    with _suppress_and_log("Counting the nodes"):
         properties["number_of_pipelines"] = len(pipelines._content)
         properties["number_of_nodes"] = len(pipelines._content["__default__"].nodes)
     return properties
@@ -1094,13 +1129,14 @@ def _validator_counts(catalog: Any) -> Properties:
 def _mask(words: list[str]) -> list[str]:
     """Mask each word that neither Kedro nor an installed plugin defines.
 
-    Commands, the last command's option names and Kedro's own starters stay readable.
+    Commands, the last command's option names and Kedro's own starters stay readable:
+    `run --env=local` becomes `run --env *****`.
     """
     commands = _known_commands(words)
     options = _option_names(commands)
     rest = _split_at_equals_sign(words[len(commands) :], options)
     if not commands and rest and rest[0] not in options:
-        return [MASK]  # a project's own command, or a typo
+        return [MASK]  # a project's own command, or a typo; 0.9.0 sends no more
     masked = words[: len(commands)]
     for previous, word in pairwise(["", *rest]):  # each word and the one before it
         is_starter = previous in options and _is_official_starter(previous, word)
@@ -1108,17 +1144,25 @@ def _mask(words: list[str]) -> list[str]:
     return masked
 
 
-def _known_commands(words: list[str]) -> list[click.Command]:
+def _known_commands(words: list[str]) -> list[Any]:
     """Return the public commands that `words` begins with, outermost first."""
-    commands: list[click.Command] = []
+    commands: list[Any] = []
     groups: Iterable[Any] = _public_groups()
     for word in words:
         command = None if word.startswith("-") else _find_command(groups, word)
         if command is None:
             break
         commands.append(command)
-        groups = [command] if hasattr(command, "get_command") else []
+        groups = [command] if _is_group(command) else []
     return commands
+
+
+def _is_group(thing: object) -> bool:
+    """Return whether an object is a group of commands.
+
+    Its class does not tell: `rich_click.patch` can replace `click.Group` at any time.
+    """
+    return hasattr(thing, "get_command") and not isinstance(thing, type)
 
 
 def _public_groups() -> Iterator[Any]:
@@ -1128,7 +1172,7 @@ def _public_groups() -> Iterator[Any]:
     from kedro.framework.cli import cli as cli_module
 
     for variable in list(vars(cli_module).values()):  # all of Kedro's are here
-        if isinstance(variable, click.Group):
+        if _is_group(variable):
             yield variable
     for name in ("kedro.global_commands", "kedro.project_commands"):
         for entry_point in entry_points(group=name):
@@ -1138,41 +1182,41 @@ def _public_groups() -> Iterator[Any]:
                 yield entry_point.load()
 
 
-def _find_command(groups: Iterable[Any], name: str) -> click.Command | None:
+def _find_command(groups: Iterable[Any], name: str) -> Any:
     """Return the public command `name` from one of `groups`; None if none has it."""
     for group in groups:
         try:
-            command: click.Command | None = group.get_command(
-                click.Context(group), name
-            )
+            command = group.get_command(click.Context(group), name)
             # click-default-group resolves any unknown word to its default command.
             if command and command.name == name and _is_public(command, group):
                 return command
         except (Exception, SystemExit) as error:
-            # A plugin may import the command only now, and exit.
+            # A plugin may import its command only now, and call `sys.exit`.
             _log("Looking up a command failed: %s", type(error).__name__)
     return None
 
 
-def _is_public(command: click.Command, group: click.Command) -> bool:
-    """Return whether Kedro or a plugin, rather than the project, defines a command."""
+def _is_public(command: Any, group: Any) -> bool:
+    """Return whether Kedro or a plugin, rather than the project, defines a command.
+
+    A project may add commands to Kedro's groups from any module, so only Kedro's own
+    are public there. In a plugin's group, all but those of the project's package are.
+    """
     file = _source_file(command)
-    # A project may add its own commands to Kedro's groups.
     if _is_in_package(_source_file(group), "kedro"):
         return _is_in_package(file, "kedro")
     return file is not None and not _is_in_package(file, _loaded_package())
 
 
-def _source_file(command: click.Command) -> Path | None:
+def _source_file(command: Any) -> Path | None:
     """Return the file that contains a command's code; None if there is none.
 
     `__module__` does not say who defines a command: kedro-databricks has modules named
     `run` and `init`.
     """
-    function: Any = command.callback
-    code = getattr(unwrap(function), "__code__", None)
+    code = getattr(unwrap(command.callback), "__code__", None)
     file = Path(getattr(code, "co_filename", ""))
-    return file.resolve() if file.is_file() else None
+    return file if file.is_file() else None
 
 
 def _is_in_package(file: Path | None, package: str | None) -> bool:
@@ -1182,14 +1226,14 @@ def _is_in_package(file: Path | None, package: str | None) -> bool:
     return any(file.is_relative_to(folder) for folder in _package_folders(package))
 
 
-def _option_names(commands: list[click.Command]) -> set[str]:
+def _option_names(commands: list[Any]) -> set[str]:
     """Return the option names of the last command, or of `kedro` itself."""
     from kedro.framework.cli.cli import cli
 
     command = commands[-1] if commands else cli
     names = {"-h", "--help"}
     for parameter in command.params:
-        if isinstance(parameter, click.Option):
+        if parameter.param_type_name == "option":
             names.update(parameter.opts, parameter.secondary_opts)
     return names
 
@@ -1239,12 +1283,12 @@ class _Post(threading.Thread):
         self.content = json.dumps(body)
         self.status: int | None = None  # None until Heap has answered
         self.outcome = "no answer in time"
-        self.is_over = False  # whether the caller has stopped waiting
         # Modules for the functions below, and the codec of host names
         for name in ("encodings.idna", "http.client", "ssl", "urllib.request"):
             import_module(name)
-        with suppress(Exception):  # it may not be installed
-            import_module("certifi")
+        with suppress(ImportError):  # only Windows has it, for `getproxies`
+            import_module("winreg")
+        self.certifi_file = _find_certifi_file()
         self.start_time = time.monotonic()
 
     def run(self) -> None:
@@ -1253,34 +1297,26 @@ class _Post(threading.Thread):
             # by Heap would otherwise end the process.
             with suppress(AttributeError):  # Windows has no such signal
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
-            self.status = self.empty_context.run(_post, self)
-        except Exception as error:
+            self.status = self.empty_context.run(_request_status, self)
+        # In tests, a stand-in for the network may raise SystemExit or pytest's Failed.
+        # Out of a thread, either would fail a suite that runs with `-W error`.
+        except BaseException as error:
             # urllib wraps most errors. Their text may contain a proxy password.
             reason = getattr(error, "reason", None)
             cause = reason if isinstance(reason, Exception) else error
             self.outcome = type(cause).__name__
 
-    def raise_if_over(self) -> None:
-        """Raise TimeoutError if the caller has stopped waiting.
-
-        The process may then end, and a thread that is still inside OpenSSL can crash it
-        (CPython issue 114653).
-        """
-        if self.is_over:
-            raise TimeoutError
-
 
 def _wait_for(post: _Post) -> bool:
     """Wait for Heap until the deadline; return True if it has accepted the event.
 
-    A firewall that drops packets must not delay every command. The back-off therefore
-    starts after more than a quarter of the deadline (half a second) without an answer,
-    even if the request has failed. A slow answer does not start it.
+    A firewall that drops packets must not delay every command. So the back-off starts
+    if the wait ends without an answer after a quarter of the deadline (half a second),
+    even by a failure or Ctrl-C. A slow answer does not start it.
     """
     try:
         post.join(DEADLINE)
-    finally:
-        post.is_over = True
+    finally:  # Ctrl-C and the user's own signal handlers can end the wait
         # Not `post.is_alive()`, which is wrong after Ctrl-C on CPython 3.11 and 3.12.
         # This is read once, because the thread may still set it.
         status = post.status
@@ -1295,7 +1331,7 @@ def _wait_for(post: _Post) -> bool:
     return status == ACCEPTED
 
 
-def _post(post: _Post) -> int:
+def _request_status(post: _Post) -> int:
     """Post an event and return the answer's status, without following redirects.
 
     `urlopen` would do the same in one call through an OpenerDirector, but OpenTelemetry
@@ -1309,8 +1345,8 @@ def _post(post: _Post) -> int:
 
     request = _create_request(post.content.encode())
     connection_class = _create_connection_class()
-    failure = URLError("no certificates")
-    for context in _ssl_contexts(post):
+    failure = URLError("")  # that of the last context, of which there is at least one
+    for context in _ssl_contexts(post.certifi_file):
         # People set `HTTPConnection.debuglevel = 1`, which prints to standard output.
         handler = HTTPSHandler(debuglevel=0, context=context)
         try:
@@ -1323,7 +1359,7 @@ def _post(post: _Post) -> int:
     raise failure
 
 
-def _create_request(content: bytes) -> Request:
+def _create_request(content: bytes) -> Any:
     """Return the request, routed through the proxy that urllib finds.
 
     `ALL_PROXY` also counts, as in the requests library. Raises NotImplementedError for
@@ -1336,7 +1372,7 @@ def _create_request(content: bytes) -> Request:
         "User-Agent": f"kedro-telemetry/{__version__}",
     }
     request = Request(ENDPOINT, content, headers)
-    # `do_open` applies this to each operation, so the thread ends by itself.
+    # The limit for each operation of a socket, so that the thread ends by itself soon.
     request.timeout = 2 * DEADLINE
     proxies = getproxies()
     proxy = proxies.get("https") or proxies.get("all") or ""
@@ -1348,7 +1384,7 @@ def _create_request(content: bytes) -> Request:
     return request
 
 
-def _create_connection_class() -> type[HTTPSConnection]:
+def _create_connection_class() -> Any:
     """Return a connection class that sends only the plugin's own headers.
 
     Sentry and OpenTelemetry add headers that describe the user's project. Raises
@@ -1368,7 +1404,7 @@ def _create_connection_class() -> type[HTTPSConnection]:
     return Connection
 
 
-def _ssl_contexts(post: _Post) -> Iterator[SSLContext]:
+def _ssl_contexts(certifi_file: str | None) -> Iterator[Any]:
     """Yield contexts for verifying Heap: a quick one, then a thorough one.
 
     The first trusts a folder of hashed certificates, such as Debian's, from which
@@ -1382,32 +1418,17 @@ def _ssl_contexts(post: _Post) -> Iterator[SSLContext]:
     folders = os.environ.get("SSL_CERT_DIR") or paths.openssl_capath
     hashed_file = _find_hashed_file(folders)
     if hashed_file is not None:
-        # If the folder hangs, the thread must hang here, not inside OpenSSL.
+        # If the folder is on a share that hangs, the thread must hang here and not
+        # inside OpenSSL: see `_trust_file`.
         _read_certificates(hashed_file)
-        yield _create_context(post, folders)
-    context = _create_context(post, folders)
+        yield _create_context(folders)
+    context = _create_context(folders)
     if sys.platform == "win32":  # it has its own certificate store
         context.load_default_certs()
-    file = os.environ.get("SSL_CERT_FILE") or paths.openssl_cafile
-    _trust_certificates(file, context, post)
-    if hashed_file is None and _needs_certifi(context):
-        _trust_certificates(sys.modules["certifi"].where(), context, post)
+    _trust_file(context, os.environ.get("SSL_CERT_FILE") or paths.openssl_cafile)
+    if hashed_file is None and certifi_file and _needs_certifi(context):
+        _trust_file(context, certifi_file)
     yield context
-
-
-def _needs_certifi(context: SSLContext) -> bool:
-    """Return whether a context trusts no certificate, though nobody has asked for that.
-
-    Python from python.org has no authorities on macOS until the user installs them.
-    Anyone who sets one of the variables has not asked for those of certifi.
-    """
-    if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
-        return False
-    try:
-        is_empty = context.cert_store_stats()["x509"] == 0
-    except NotImplementedError:  # from truststore, which asks the system
-        return False
-    return is_empty and bool(sys.modules.get("certifi"))
 
 
 def _find_hashed_file(folders: str) -> str | None:
@@ -1423,47 +1444,68 @@ def _find_hashed_file(folders: str) -> str | None:
     return None
 
 
-def _create_context(post: _Post, folders: str) -> SSLContext:
+def _create_context(folders: str) -> Any:
     """Return a context that trusts the hashed certificates in the given folders.
 
-    Some platforms trust only an intermediate authority, which Python accepts by default
-    since 3.13. The other flag that 3.13 sets would reject Zscaler's authority.
+    Companies may trust only an intermediate authority, which Python accepts by default
+    since 3.13. VERIFY_X509_STRICT, which 3.13 sets too, would reject Zscaler's.
     """
     import ssl
 
-    post.raise_if_over()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     context.load_verify_locations(capath=folders)
     return context
 
 
-def _trust_certificates(path: str, context: SSLContext, post: _Post) -> None:
-    """Make a context trust all the certificates in a file.
+def _trust_file(context: Any, path: str) -> None:
+    """Make a context trust the certificates in a file, up to a broken one.
 
-    OpenSSL could be slow to read the file itself, and the process could end meanwhile.
-    It loads one certificate from memory in less than a millisecond, and the process
-    cannot end during that time, because Python keeps the GIL for this call.
+    The process can crash if it ends while a thread is inside OpenSSL (CPython issue
+    114653). With `cadata`, OpenSSL reads no file and Python keeps its lock (the GIL),
+    so the process cannot end meanwhile.
     """
-    import ssl
-
-    begin, end = b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----"
-    for block in _read_certificates(path).split(end):  # the last block has none
-        post.raise_if_over()
-        certificate = begin + block.rpartition(begin)[2] + end
-        with suppress(ssl.SSLError):  # one of them may be broken
-            context.load_verify_locations(cadata=certificate.decode("ascii", "ignore"))
+    # SSLError after a broken certificate; ValueError if there is none
+    with suppress(OSError, ValueError):
+        context.load_verify_locations(cadata=_read_certificates(path))
 
 
-def _read_certificates(path: str) -> bytes:
-    """Return the content of a certificate file, or nothing if it cannot be read.
+def _read_certificates(path: str) -> str:
+    """Return a certificate file's text, or "" if it cannot be read.
 
-    This may never return, but a thread blocked in Python's own read cannot crash the
-    process as it ends.
+    Reading may hang for ever. The process can end meanwhile, because the thread is
+    inside Python's own `open` or `read`.
     """
     with suppress(OSError), open(path, "rb") as file:
-        return file.read(LARGEST_BUNDLE)
-    return b""
+        return file.read(LARGEST_FILE).decode("ascii", "ignore")
+    return ""
+
+
+def _find_certifi_file() -> str | None:
+    """Return the path of certifi's certificates; None if it is not installed.
+
+    `certifi.where()` would import `importlib.resources`.
+    """
+    from importlib.util import find_spec
+
+    with suppress(Exception):  # another package's import hook may raise
+        spec = find_spec("certifi")
+        if spec is not None and spec.origin is not None:
+            return os.path.join(os.path.dirname(spec.origin), "cacert.pem")
+    return None
+
+
+def _needs_certifi(context: Any) -> bool:
+    """Return whether a context trusts nothing, and no variable says what to trust.
+
+    Python from python.org has no authorities on macOS until the user installs them.
+    """
+    if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
+        return False
+    try:
+        return bool(context.cert_store_stats()["x509"] == 0)
+    except NotImplementedError:  # from truststore, which asks the system
+        return False
 
 
 def _write_back_off() -> None:
@@ -1480,47 +1522,42 @@ def _back_off_end() -> float | None:
     start = _Post.back_off_start
     with suppress(OSError):  # there is no such file, or no home folder
         start = max(start, _user_file("telemetry.backoff").stat().st_mtime)
-    is_over = abs(time.time() - start) >= BACK_OFF  # a file server's clock may be ahead
+    # `abs`, because the clock of a file server may be ahead
+    is_over = abs(time.time() - start) >= BACK_OFF
     return None if is_over else start + BACK_OFF
 
 
 # The commands
 
 
-class _TelemetryGroup(click.Group):
-    """A command group that suggests its commands after a wrong guess."""
-
-    def resolve_command(
-        self, context: click.Context, words: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        # The user may have typed `opt-out` or `stop`. After click's "No such command",
-        # Kedro would add that it finds no project.
-        if self.get_command(context, words[0]) is None:
-            context.fail(
-                f"kedro telemetry has no command '{words[0]}'.\n"
-                "To opt out, run: kedro telemetry disable\n"
-                "To opt in, run:  kedro telemetry enable"
-            )
-        return super().resolve_command(context, words)
-
-
-@click.group(
-    "telemetry",
-    cls=_TelemetryGroup,
-    invoke_without_command=True,
-    epilog=f"Read more: {DOCUMENTATION}",
+@click.command("telemetry", epilog=f"Read more: {DOCUMENTATION}")
+@click.argument(
+    "action",
+    type=click.Choice(["status", "enable", "disable"]),
+    default="status",
+    metavar="[status|enable|disable]",  # most releases of click 8 double the brackets
 )
-@click.pass_context
-def _telemetry(context: click.Context) -> None:
+@click.pass_obj
+def _telemetry(project_metadata: Any, action: str) -> None:
     """See whether telemetry is on, and opt out or in.
+
+    \b
+    status   Show whether telemetry is on here, and why (the default).
+    enable   Opt in for all your projects.
+    disable  Opt out for all your projects.
 
     To opt out in an environment, set DO_NOT_TRACK or KEDRO_DISABLE_TELEMETRY.
     """
-    if context.invoked_subcommand is None:
-        context.invoke(_status)
+    project_path = getattr(project_metadata, "project_path", None)
+    if action == "enable":
+        _opt_in(project_path)
+    elif action == "disable":
+        _opt_out()
+    else:
+        _print_status(project_path)
 
 
-# Printed after every status, so it is true whether telemetry is on or off
+# Shown whether telemetry is on or off, so every line must suit both
 STATUS_HELP = f"""
 See an event without sending it:  KEDRO_TELEMETRY_DEBUG=1 kedro info
 Opt out for all your projects:    kedro telemetry disable
@@ -1530,11 +1567,8 @@ Opt out for one project:          write the line `consent: false`
 Read more:  {DOCUMENTATION}"""
 
 
-@_telemetry.command("status")
-@click.pass_obj
-def _status(project_metadata: Any) -> None:
-    """Show whether telemetry is on here, and why (the default command)."""
-    project_path = getattr(project_metadata, "project_path", None)
+def _print_status(project_path: Path | None) -> None:
+    """Print whether telemetry is on here, why, and with which ids."""
     consent = _find_consent(project_path)
     is_on = consent.decision is not False
     _print_field("Telemetry", "on here" if is_on else "off here")
@@ -1560,60 +1594,44 @@ def _status(project_metadata: Any) -> None:
 def _print_field(label: str, text: str) -> None:
     """Print one status field, with any further lines aligned below the first."""
     label += ":"
-    click.echo(f"{label:13}" + text.replace("\n", "\n" + " " * 13))
+    click.echo(_printable(f"{label:13}" + text.replace("\n", "\n" + " " * 13)))
 
 
-@_telemetry.command("enable")
-@click.pass_obj
-def _enable(project_metadata: Any) -> None:
-    """Opt in for all your projects."""
-    _write_decision("true")
-    consent = _find_consent(getattr(project_metadata, "project_path", None))
+def _opt_in(project_path: Path | None) -> None:
+    """Save the user's consent, and print what still denies it here."""
+    _save_decision("true")
+    consent = _find_consent(project_path)
     if consent.decision is False:
-        click.echo(f"Telemetry stays off here, because {consent.text}")
+        click.echo(_printable(f"Telemetry stays off here, because {consent.text}"))
 
 
-@_telemetry.command("disable")
-def _disable() -> None:
-    """Opt out for all your projects."""
+def _opt_out() -> None:
+    """Save the user's denial, and print which versions ignore it."""
     advice = "set DO_NOT_TRACK=1 in your environment."
-    _write_decision("false", f"\nTo opt out instead, {advice}")
+    _save_decision("false", f"\nTo opt out instead, {advice}")
     click.echo("Versions of kedro-telemetry before 1.0 ignore this decision.")
     click.echo(f"To opt out in those versions as well, {advice}")
 
 
-# Words that people try, hidden from the help
-_telemetry.add_command(click.Command("on", callback=_enable.callback, hidden=True))
-_telemetry.add_command(click.Command("off", callback=_disable.callback, hidden=True))
-
-
-def _write_decision(decision: str, advice: str = "") -> None:
+def _save_decision(decision: str, advice: str = "") -> None:
     """Save `consent: decision` for all the user's projects, and print where.
 
-    Raises ClickException if it cannot be saved in any of the user's folders.
+    Raises ClickException, whose message ends with `advice`, if it cannot be saved.
     """
-    if not _user_folders():
-        message = f"Nothing has changed, because there is no home folder.{advice}"
-        raise click.ClickException(message)
-    saved = []
-    failures = []
-    for folder in _user_folders():
-        path = folder / ".telemetry"
-        try:
-            _replace(path, _read(path), f"consent: {decision}\n".encode())
-            saved.append(f"{path}")
-        except Exception as error:
-            # The full text of an OSError may name a temporary file.
-            reason = getattr(error, "strerror", None) or error
-            failures.append(f"{path}\nReason: {reason}")
-    not_saved = "\n".join(["Could not save to:", *failures])
-    if not saved:
-        raise click.ClickException(f"Nothing has changed.\n{not_saved}{advice}")
+    try:
+        path = _decision_file()
+    except OSError as error:
+        message = f"Nothing has changed, because {error}.{advice}"
+        raise click.ClickException(message) from error
+    try:
+        _write_in_place(path, _read(path), f"consent: {decision}\n".encode())
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or error
+        message = f"Nothing has changed.\nCould not save to:\n{path}\nReason: {reason}"
+        raise click.ClickException(_printable(message + advice)) from error
     opted = "opted in to" if decision == "true" else "opted out of"
     click.echo(f"You have {opted} telemetry for all your projects.")
-    click.echo("\n".join(["Saved to:", *saved]))
-    if failures:
-        click.echo(not_saved)
+    click.echo(_printable(f"Saved to:\n{path}"))
 
 
 def _add_telemetry_command(is_in_project: bool) -> None:
