@@ -807,7 +807,7 @@ def _source_consent(path: Path) -> _Consent:
 # The notice: for people who have made no decision yet
 
 
-_notice_lock = threading.Lock()  # taken by a process's first notice, and kept
+_unshown_notices = [NOTICE]  # in this process
 
 
 def _show_notice() -> None:
@@ -820,12 +820,13 @@ def _show_notice() -> None:
     with _suppress_and_log("Finding out whether the notice was seen"):
         if _user_file("telemetry.notice").exists():
             return
-    # A web service would log it for each session.
-    if not _notice_lock.acquire(blocking=False):
+    # A web service would log it for each session. A lock would keep Dask and Ray from
+    # pickling a vendored copy.
+    if not _unshown_notices:
         return
     # Standard error may be full or closed; pythonw and services have none.
     with _suppress_and_log("Showing the notice"):
-        click.echo(NOTICE, err=True)
+        click.echo(_unshown_notices.pop(), err=True)
         # With `2> /dev/null`, or in a scheduled job, nobody sees it.
         is_notebook = type(sys.stderr).__module__.startswith("ipykernel.")
         if is_notebook or sys.stderr.isatty():
@@ -1199,13 +1200,19 @@ def _find_command(groups: Iterable[Any], name: str) -> Any:
 def _is_public(command: Any, group: Any) -> bool:
     """Return whether Kedro or a plugin, rather than the project, defines a command.
 
-    A project may add commands to Kedro's groups from any module, so only Kedro's own
-    are public there. In a plugin's group, all but those of the project's package are.
+    A project may add commands to Kedro's groups from any module, even with a function
+    of Kedro's. In a plugin's group, all but those of the project's package are public.
     """
     file = _source_file(command)
     if _is_in_package(_source_file(group), "kedro"):
-        return _is_in_package(file, "kedro")
+        return _is_in_package(file, "kedro") and _is_named_in_its_module(command)
     return file is not None and not _is_in_package(file, _loaded_package())
+
+
+def _is_named_in_its_module(command: Any) -> bool:
+    """Return whether a command is a global name of its function's module."""
+    module = sys.modules.get(unwrap(command.callback).__module__)
+    return any(command is value for value in vars(module).values())
 
 
 def _source_file(command: Any) -> Path | None:
@@ -1294,16 +1301,21 @@ class _Post(threading.Thread):
     def run(self) -> None:
         try:
             # If a user resets SIGPIPE to its default for `| head`, a connection closed
-            # by Heap would otherwise end the process.
+            # by Heap would otherwise end the process. Elsewhere, the mask would stay:
+            # gevent runs this in the main thread.
             with suppress(AttributeError):  # Windows has no such signal
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
+                if signal.getsignal(signal.SIGPIPE) != signal.SIG_IGN:
+                    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
             self.status = self.empty_context.run(_request_status, self)
         # In tests, a stand-in for the network may raise SystemExit or pytest's Failed.
         # Out of a thread, either would fail a suite that runs with `-W error`.
         except BaseException as error:
+            from urllib.error import URLError
+
             # urllib wraps most errors. Their text may contain a proxy password.
-            reason = getattr(error, "reason", None)
-            cause = reason if isinstance(reason, Exception) else error
+            cause = error
+            if isinstance(error, URLError) and isinstance(error.reason, Exception):
+                cause = error.reason
             self.outcome = type(cause).__name__
 
 
@@ -1530,32 +1542,15 @@ def _back_off_end() -> float | None:
 # The commands
 
 
-@click.command("telemetry", epilog=f"Read more: {DOCUMENTATION}")
-@click.argument(
-    "action",
-    type=click.Choice(["status", "enable", "disable"]),
-    default="status",
-    metavar="[status|enable|disable]",  # most releases of click 8 double the brackets
-)
-@click.pass_obj
-def _telemetry(project_metadata: Any, action: str) -> None:
-    """See whether telemetry is on, and opt out or in.
+TELEMETRY_HELP = """\
+See whether telemetry is on, and opt out or in.
 
-    \b
-    status   Show whether telemetry is on here, and why (the default).
-    enable   Opt in for all your projects.
-    disable  Opt out for all your projects.
+\b
+status   Show whether telemetry is on here, and why (the default).
+enable   Opt in for all your projects.
+disable  Opt out for all your projects.
 
-    To opt out in an environment, set DO_NOT_TRACK or KEDRO_DISABLE_TELEMETRY.
-    """
-    project_path = getattr(project_metadata, "project_path", None)
-    if action == "enable":
-        _opt_in(project_path)
-    elif action == "disable":
-        _opt_out()
-    else:
-        _print_status(project_path)
-
+To opt out in an environment, set DO_NOT_TRACK or KEDRO_DISABLE_TELEMETRY."""
 
 # Shown whether telemetry is on or off, so every line must suit both
 STATUS_HELP = f"""
@@ -1565,6 +1560,36 @@ Opt in for all your projects:     kedro telemetry enable
 Opt out for one project:          write the line `consent: false`
                                   into the file .telemetry in its root
 Read more:  {DOCUMENTATION}"""
+
+
+def _run_telemetry_command(project_metadata: Any, action: str) -> None:
+    """Run `kedro telemetry` with one of its three actions."""
+    project_path = getattr(project_metadata, "project_path", None)
+    if action == "enable":
+        _opt_in(project_path)
+    elif action == "disable":
+        _opt_out()
+    else:
+        _print_status(project_path)
+
+
+# Not by click's decorators: beartype before 0.20 adds its own to their result, and then
+# every command of the project fails.
+_telemetry_command = click.Command(
+    "telemetry",
+    callback=click.pass_obj(_run_telemetry_command),
+    params=[
+        click.Argument(
+            ["action"],
+            type=click.Choice(["status", "enable", "disable"]),
+            default="status",
+            # Most releases of click 8 double the brackets of a choice.
+            metavar="[status|enable|disable]",
+        )
+    ],
+    help=TELEMETRY_HELP,
+    epilog=f"Read more: {DOCUMENTATION}",
+)
 
 
 def _print_status(project_path: Path | None) -> None:
@@ -1646,4 +1671,4 @@ def _add_telemetry_command(is_in_project: bool) -> None:
 
     name = "project_commands" if is_in_project else "global_commands"
     group = getattr(cli_module, name, cli_module.cli)  # Kedro 0.18 has one group
-    group.commands.setdefault("telemetry", _telemetry)
+    group.commands.setdefault("telemetry", _telemetry_command)

@@ -168,6 +168,7 @@ class Heap(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), ConnectionToHeap)
         self.mode = "200"
         self.delay = 0.0  # seconds before it answers
+        self.answers = 0
         self.signal: int | None = None  # sent to this process when it connects
         self.signal_delay = 0.2  # seconds; by then, the main thread waits for Heap
         self.connections: list[str] = []
@@ -246,6 +247,7 @@ class ConnectionToHeap(BaseHTTPRequestHandler):
         heap.headers = dict(self.headers.items())
         heap.events.append(json.loads(body))
         heap.is_over.wait(heap.delay)
+        heap.answers += 1
         if heap.mode == "garbage":
             self.wfile.write(b"\0\xff is not HTTP\r\n\r\n")
         if heap.mode == "garbage" or heap.hangs_if("hang in HTTP"):
@@ -300,7 +302,7 @@ def user(tmp_path, patch, python_path) -> Iterator[Path]:
     patch.setattr(sys, "dont_write_bytecode", True)
     patch.setattr(kedro_telemetry, "DEADLINE", 20.0)  # a machine may be busy
     patch.setattr(kedro_telemetry._Post, "back_off_start", 0.0)
-    patch.setattr(kedro_telemetry, "_notice_lock", threading.Lock())
+    patch.setattr(kedro_telemetry, "_unshown_notices", [NOTICE])
     patch.setattr(kedro_telemetry.telemetry_hook, "_command_report", None)
     patch.chdir(home)
     yield home
@@ -1008,7 +1010,7 @@ class Seen(NamedTuple):
     errors: str
     modules: set[str]
     connections: int
-    changes: Mapping[str, str]  # the text of each file that is new or has changed
+    changes: Mapping[str, str]  # the text of each file that is new or was written
 
 
 @pytest.fixture(scope="session")
@@ -1057,19 +1059,25 @@ def observe(tmp_path_factory, python_path) -> Callable[[str | None, str], Seen]:
             without_times(done.stderr),
             set((base / "modules").read_text().split()),
             connections,
-            {name: after[name] for name in after if before.get(name) != after[name]},
+            {name: after[name][0] for name in after if before.get(name) != after[name]},
         )
 
     return observe
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """The text of each file below a folder."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+def contents(folder: Path) -> dict[str, tuple[str, int]]:
+    """The text of each file below a folder and the time of its last change.
+
+    The names of folders end with a slash.
+    """
+    found = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir():
+            found[f"{name}/"] = ("", 0)
+        else:
+            found[name] = (path.read_text(encoding="utf-8"), path.stat().st_mtime_ns)
+    return found
 
 
 def without_times(text: str) -> str:
@@ -1096,11 +1104,14 @@ def test_only_what_README_lists_is_stored(moment, way, observe):
     stored = MOMENTS[moment].stored.items()
     patterns = {name.format(config=config): pattern for name, pattern in stored}
     changes = observe(moment, way).changes
-    assert changes.keys() == patterns.keys(), (
+    folders = {name for name in changes if name.endswith("/")}
+    assert changes.keys() - folders == patterns.keys(), (
         "README lists all that is stored: change it together with MOMENTS."
     )
     for name, pattern in patterns.items():
         assert re.fullmatch(pattern, changes[name]), f"{name} has another text."
+    for folder in folders:
+        assert any(name.startswith(folder) for name in patterns), f"{folder} is new."
 
 
 @every_moment
@@ -1287,6 +1298,26 @@ def test_debug_mode_prints_and_changes_nothing(
     assert (output, heap.connections, files(tmp_path)) == ("", [], before)
 
 
+def test_debug_mode_imports_and_stores_nothing(observe):
+    seen = observe("in debug mode", "kedro info")
+    imported = seen.modules - observe(None, "kedro info").modules
+    assert not imported & {"http.client", "urllib.request", *NETWORK}
+    assert seen.changes == {}
+
+
+@pytest.mark.parametrize("text", ["", NO], ids=["on", "off"])
+def test_debug_mode_shows_a_session_or_why_it_is_not_sent(
+    text, project, heap, patch, capfd
+):
+    write(project / ".telemetry", text)
+    patch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
+    load_catalogs(project)
+    errors = capfd.readouterr().err
+    assert ('"event": "Kedro Project Statistics"' in errors) is (text == "")
+    assert ("sends nothing: this file denies consent" in errors) is (text == NO)
+    assert heap.connections == []
+
+
 def test_debug_mode_shows_ids_in_a_back_off(project, known_user, config, patch, capfd):
     write(config / "telemetry.backoff", "")
     patch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
@@ -1416,9 +1447,11 @@ def test_a_decision_changed_in_place_is_whole_on_a_full_disk(decision):
     assert "Reason: no space left" in done.stderr
 
 
-def interrupt(function: Callable[[], object], after: int) -> bool:
-    """Raise Ctrl-C after so many lines of the module; return whether there were any."""
-    left = after
+def run_with(
+    action: Callable[[], None], function: Callable[[], object], line: int
+) -> bool:
+    """Act before the module runs so many lines; return whether it ran so many."""
+    left = line
 
     def trace(frame: FrameType, event: str, _: object) -> Callable | None:
         nonlocal left
@@ -1427,21 +1460,24 @@ def interrupt(function: Callable[[], object], after: int) -> bool:
         if event == "line":
             left -= 1
             if not left:
-                raise KeyboardInterrupt
+                action()
         return trace
 
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        with contextlib.suppress(KeyboardInterrupt):
-            function()
+        function()
     finally:
         sys.settrace(before)
     return left <= 0
 
 
+def press_ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
 def opt_out(_: Path) -> None:
-    command = kedro_telemetry._telemetry
+    command = kedro_telemetry._telemetry_command
     with click.Context(command):
         command.callback("disable")
 
@@ -1460,11 +1496,13 @@ def test_a_file_changed_in_place_is_whole_after_ctrl_c(change, file, old, new, u
     """Whenever it comes, or whatever else a signal handler raises."""
     path = user / file
     pattern = re.escape(new).replace(re.escape("{id}"), ADDED_ID)
-    for lines in range(1, 1000):
+    was_interrupted = True
+    for line in range(1, 1000):
         write(path, old)
-        was_interrupted = interrupt(lambda: change(user), lines)
+        with contextlib.suppress(KeyboardInterrupt):
+            was_interrupted = run_with(press_ctrl_c, lambda: change(user), line)
         text = path.read_text()
-        assert text == old or re.fullmatch(pattern, text), f"after {lines} lines"
+        assert text == old or re.fullmatch(pattern, text), f"before line {line}"
         if not was_interrupted:
             break
     assert re.fullmatch(pattern, text)
@@ -1504,26 +1542,24 @@ def test_what_an_editor_has_saved_is_not_changed_in_place(text, new_project, mea
     assert set(files(new_project)) - {path} == before, "Another file is left."
 
 
-def test_what_an_editor_saves_behind_an_id_added_in_place_stays(new_project):
-    """Such as a line at the end, while the id is added."""
+def test_what_an_editor_saves_while_an_id_is_added_in_place_stays(new_project):
+    """An id is nothing but an addition, and what comes after it is not cut off."""
     path = new_project / "pyproject.toml"
-    later = "".join(f"# {n}\n" for n in range(50))
 
-    def trace(frame: FrameType, event: str, _: object) -> Callable | None:
-        if frame.f_code.co_filename != kedro_telemetry.__file__:
-            return None
+    def save() -> None:
+        text = path.read_text().replace("# mine", "# ours")
+        path.write_text(text + "# later\n" if "project_id" in text else text)
+
+    was_saved = True
+    for line in range(1, 1000):
+        write(path, "# mine\n" + KEDRO_TABLE)
+        was_saved = run_with(save, lambda: base_properties(new_project), line)
         text = path.read_text()
-        if "project_id" in text and later not in text:
-            path.write_text(text + later)
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        base_properties(new_project)
-    finally:
-        sys.settrace(before)
-    assert path.read_text().endswith(later)
+        if not was_saved:
+            break
+        saved = "# ours\n" + re.escape(KEDRO_TABLE)
+        assert re.fullmatch(f"{saved}({ADDED_ID}(# later\n)?)?", text), f"at {line}"
+    assert re.fullmatch("# mine\n" + re.escape(KEDRO_TABLE) + ADDED_ID, text)
 
 
 def test_an_id_that_another_process_has_stored_is_sent(new_project, meanwhile):
@@ -2017,7 +2053,7 @@ Cell.__module__ = "ipykernel.iostream"
 @pytest.fixture
 def new_process(patch) -> Callable[[], None]:
     """A function that forgets what this process has shown."""
-    return lambda: patch.setattr(kedro_telemetry, "_notice_lock", threading.Lock())
+    return lambda: patch.setattr(kedro_telemetry, "_unshown_notices", [NOTICE])
 
 
 @pytest.mark.parametrize("kind", [Screen, Cell])
@@ -2341,7 +2377,7 @@ def test_pipelines_are_not_counted_where_kedro_loads_some_only(project, heap):
 CACHED = "kedro.io.cached_dataset.CachedDataset"
 CSV = "kedro_datasets.pandas.csv_dataset.CSVDataset"
 EXPERIMENTAL = "kedro_datasets_experimental.pandas.csv_dataset.CSVDataset"
-NEVER = 'raise SystemExit("imported")\n'
+NEVER = 'print("imported")\nraise SystemExit\n'
 
 
 @pytest.fixture
@@ -2379,7 +2415,9 @@ def datasets(tmp_path, patch) -> None:
         (type("Secret", (MemoryDataset,), {}), "custom"),
     ],
 )
-def test_an_event_imports_nothing_to_find_a_type(declared, sent, datasets, types_of):
+def test_an_event_imports_nothing_to_find_a_type(
+    declared, sent, datasets, types_of, capfd
+):
     configs = {"a": {"type": declared}, "b": ["x"], 3: {}, "d": None}
     catalog = SimpleNamespace(
         keys=configs.keys,
@@ -2387,6 +2425,7 @@ def test_an_event_imports_nothing_to_find_a_type(declared, sent, datasets, types
         get_type=Mock(side_effect=SystemExit("imported")),
     )
     assert types_of(catalog) == Counter(["custom", "custom", "custom", sent])
+    assert capfd.readouterr().out == ""
 
 
 @pytest.fixture
@@ -2505,6 +2544,7 @@ MASKED = [
     ("new --starter=astro-airflow-iris", "new --starter astro-airflow-iris"),
     ("new -s astro-airflow-iris x", "new -s astro-airflow-iris *****"),
     ("run --starter astro-airflow-iris", "run ***** *****"),
+    ("run --env astro-airflow-iris", "run --env *****"),
     ("fly --slow -f x --y", "fly --slow -f ***** *****"),
     ("fly target", "fly *****"),
     ("deck lift --level=9 --help", "deck lift --level ***** --help"),
@@ -2580,10 +2620,15 @@ plug.inside.add_command(click.Group("empty", invoke_without_command=True))
 kedro_cli.cli.add_command(click.Command("added", callback=function))
 kedro_cli.cli.add_command(click.Group("grouped", invoke_without_command=True))
 kedro_cli.cli.add_command(click.Command("of-a-plugin", callback=plug.renamed.callback))
+info = kedro_cli.cli.commands["info"].callback
+kedro_cli.cli.add_command(click.Command("of-kedro", callback=info))
+kedro_cli.cli.add_command(click.Command("like-kedro", callback=decorated(info)))
 """
 
 
-OF_THE_PROJECT = "mine added grouped of-a-plugin added-to-plugin wrapped partial empty"
+OF_THE_PROJECT = """
+mine added grouped of-a-plugin of-kedro like-kedro added-to-plugin wrapped partial empty
+"""
 
 
 @pytest.mark.parametrize("line", OF_THE_PROJECT.split())
@@ -2803,6 +2848,7 @@ def test_an_answer_is_waited_for_two_seconds_and_not_twice(
     write(project / ".telemetry", YES)
     heap.delay = delay
     assert send_telemetry_event("x", {}, project) is is_accepted
+    assert heap.answers == is_accepted
 
 
 def test_after_two_seconds_a_command_goes_on(heap):
@@ -2871,7 +2917,13 @@ def test_a_post_given_up_after_two_seconds_ends_a_few_seconds_later(mode, heap, 
 
 @pytest.mark.parametrize(
     ("age", "is_sent"),
-    [(0, False), (HOUR - 60, False), (HOUR + 60, True), (60 - HOUR, False)],
+    [
+        (0, False),
+        (HOUR - 60, False),
+        (HOUR + 60, True),
+        (60 - HOUR, False),
+        (-60 - HOUR, True),
+    ],
 )
 def test_a_back_off_after_two_seconds_lasts_an_hour(age, is_sent, heap, config):
     """A file server's clock may be ahead."""
@@ -3027,6 +3079,25 @@ def test_the_signal_of_a_closed_connection_ends_no_process(heap):
     assert (done.returncode, done.stdout) == (0, "{False}\n")
 
 
+@posix
+def test_the_signal_of_a_closed_connection_stays_unmasked_where_it_is_ignored(
+    heap, patch
+):
+    """gevent runs threads in the main thread, and children inherit its mask."""
+    start = threading.Thread.start
+
+    def start_as_gevent(thread: threading.Thread) -> None:
+        if isinstance(thread, kedro_telemetry._Post):
+            patch.setattr(thread, "join", Mock())
+            thread.run()
+        else:
+            start(thread)
+
+    patch.setattr(threading.Thread, "start", start_as_gevent)
+    assert send_telemetry_event("x") is True
+    assert signal.SIGPIPE not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 # Certificates: everything that the platform trusts, and nothing else
 
 FOLDERS = {
@@ -3168,9 +3239,10 @@ def test_a_certificate_needs_no_root_authority(certificates, heap, patch):
 
 
 @posix
-def test_a_certificate_in_the_folder_is_enough(certificates, heap, patch):
+@pytest.mark.parametrize("folder", ["heap", "another:heap"])
+def test_a_certificate_in_the_folder_is_enough(folder, certificates, heap, patch):
     os.mkfifo("pipe.pem")  # reading it would block
-    patch.setenv("SSL_CERT_DIR", "heap")
+    patch.setenv("SSL_CERT_DIR", folder)
     patch.setenv("SSL_CERT_FILE", "pipe.pem")
     assert send_telemetry_event("x") is True
 
@@ -3198,7 +3270,13 @@ def test_a_certificate_on_slow_storage_waits_in_python(
     os.mkfifo(pipe)
     patch.setenv(variable, pipe.removesuffix("/00000000.0"))
     before = set(threading.enumerate())
-    assert send_telemetry_event("x") is False
+    results = []
+    command = threading.Thread(
+        target=lambda: results.append(send_telemetry_event("x")), daemon=True
+    )
+    command.start()
+    command.join(10)
+    assert results == [False], "A command waits for slow storage."
     assert loaded == (["capath"] if variable == "SSL_CERT_FILE" else [])
     storage = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
     os.write(storage, HEAP_CERTIFICATE.encode())
