@@ -521,7 +521,8 @@ def _write_in_place(path: Path, old: bytes | None, new: bytes) -> None:
             file.seek(start)
             if file.write(new[start:]) < len(new) - start:
                 raise OSError("no space left")
-            if start < len(old):  # an editor may just have saved more after the rest
+            # An editor may just have saved more after an addition, which stays.
+            if start < len(old):
                 file.truncate()
         except BaseException:  # such as Ctrl-C
             with suppress(OSError):
@@ -807,7 +808,7 @@ def _source_consent(path: Path) -> _Consent:
 # The notice: for people who have made no decision yet
 
 
-_unshown_notices = [NOTICE]  # in this process
+_unshown_notices = [NOTICE]  # what this process has not shown yet
 
 
 def _show_notice() -> None:
@@ -840,7 +841,7 @@ def _may_create_ids() -> bool:
     """Return whether missing ids may be stored.
 
     Each new CI container would otherwise count as a user. CI checkouts must not change,
-    and debug mode changes nothing.
+    and debug mode stores nothing.
     """
     return not (_is_ci_env() or _is_debug_mode())
 
@@ -1301,8 +1302,8 @@ class _Post(threading.Thread):
     def run(self) -> None:
         try:
             # If a user resets SIGPIPE to its default for `| head`, a connection closed
-            # by Heap would otherwise end the process. Elsewhere, the mask would stay:
-            # gevent runs this in the main thread.
+            # by Heap would otherwise end the process. Python itself ignores the signal
+            # and needs no mask, which gevent would leave in the main thread.
             with suppress(AttributeError):  # Windows has no such signal
                 if signal.getsignal(signal.SIGPIPE) != signal.SIG_IGN:
                     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
