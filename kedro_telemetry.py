@@ -54,8 +54,8 @@ APP_ID = "2388822444"
 HEADERS = ("Host", "User-Agent", "Content-Type", "Content-Length")  # no others
 DOCUMENTATION = "https://docs.kedro.org/en/stable/about/telemetry/"
 DEADLINE = 2.0  # seconds that a command waits for Heap
-BACK_OFF = 3600.0  # seconds without sending after Heap has not answered in time
-LARGEST_FILE = 2**20  # bytes; larger files are not read, or only so far
+BACK_OFF = 3600.0  # seconds without sending after Heap failed to answer in time
+LARGEST_FILE = 2**20  # bytes; larger files are not read, or only up to here
 LONGEST_TEXT = 1023  # characters that Heap accepts in a key or a value
 ACCEPTED = 200  # Heap's status for an event that it has accepted
 
@@ -66,7 +66,8 @@ Opt out:    kedro telemetry disable, or set DO_NOT_TRACK
 Read more:  {DOCUMENTATION}"""
 
 OPT_OUT_VARIABLES = ("DO_NOT_TRACK", "KEDRO_DISABLE_TELEMETRY")
-GRANTS = ("true", "yes", "on", "y", "1")  # values of `consent` in a `.telemetry`
+# A line of a `.telemetry` that grants consent, in lower case
+GRANT = r"""(["']?)consent\1[ \t]*:[ \t]*(["']?)(true|yes|on|y|1)\2"""
 CI_VARIABLES = (
     "CI",
     "GITLAB_CI",
@@ -136,8 +137,9 @@ class KedroTelemetryHook:
         # HOOKS, and pluggy would then register it again from the entry point. It skips
         # an entry point whose name is taken.
         self.__name__ = PLUGIN_NAME
-        # The command that is running. If a test or service runs one with click's
-        # `standalone_mode=False`, Kedro does not say when it ends, and it stays here.
+        # The command that is running. With click's `standalone_mode=False`, as in some
+        # tests and services, Kedro does not say when it ends: it stays here, and later
+        # sessions of its project count as its own.
         self._command_report: _Report | None = None
 
     @_cli_hook
@@ -168,7 +170,7 @@ class KedroTelemetryHook:
             report = self._command_report
             if report is None or not report.may_have_opened(context.project_path):
                 report = _Report(None, context.project_path)
-            # A plugin's command outside projects may have an option for a project.
+            # A command that runs outside projects may open one that an option names.
             report.project_path = report.project_path or context.project_path
             hook_manager.register(report, SESSION_PLUGIN_NAME)
 
@@ -201,8 +203,8 @@ class _Report:
         return (
             self.project_path is None
             or os.path.realpath(self.project_path) == os.path.realpath(project_path)
-            # kedro-auto-catalog passes a package name where Kedro expects a path. If
-            # there is no project, it is not the path of a different project.
+            # kedro-auto-catalog passes a package name as the path. A path without a
+            # project cannot be that of another project.
             or not Path(project_path, "pyproject.toml").exists()
         )
 
@@ -301,11 +303,12 @@ def __getattr__(name: str) -> Any:
     return ProjectMetadata
 
 
-# The entry points of every release, and other packages, import these two submodules. A
-# vendored copy takes their names. Otherwise Kedro would also load the installed release
-# for its entry points, and a command with a session would be two events. Kedro imports
-# a project's settings, and with them the copy, before any plugins. If the release has
-# been imported even earlier, it keeps the names, because other modules may use it.
+# The entry points of every release, and other packages, import the submodules `plugin`
+# and `api`. A vendored copy takes their names. Otherwise Kedro would also load the
+# installed release for its entry points, and a command with a session would be two
+# events. Kedro imports a project's settings, and with them the copy, before any
+# plugins. A release that was imported even earlier keeps the names, because other
+# modules may use it.
 plugin = api = sys.modules[__name__]  # `mock.patch` looks them up as attributes
 if "kedro_telemetry.plugin" not in sys.modules:
     sys.modules["kedro_telemetry"] = plugin
@@ -338,7 +341,7 @@ def _send(event: _Event) -> bool:
     """Send an event if consent allows it; return True if Heap has accepted it.
 
     If something fails, the event is lost and the command never sees the error. The wait
-    is outside the `try`, so what the user's signal handlers raise reaches the caller.
+    is outside the `try`, so whatever a signal handler raises then reaches the caller.
     """
     try:
         post = _start_post(event)
@@ -355,7 +358,7 @@ def _start_post(event: _Event) -> _Post | None:
     """
     if _is_shell_completion():
         return None
-    # Called by this name, because Kedro's own tests replace it to report nothing.
+    # Called by this name, which Kedro's own tests patch so that nothing is sent.
     decision = _check_for_telemetry_consent(event.project_path)
     if _is_debug_mode():
         _print_for_debugging(event, decision)
@@ -391,7 +394,7 @@ def _is_debug_mode() -> bool:
 def _print_for_debugging(event: _Event, decision: bool | None) -> None:
     """Print an event, or why it is not sent. Store nothing."""
     if decision is False:
-        text = f"sends nothing: {_find_consent(event.project_path).text}"
+        text = f"sends nothing: {_find_consent(event.project_path).reason}"
     else:
         text = f"would send:\n{json.dumps(_create_body(event), indent=2)}"
     click.echo(_printable(f"kedro-telemetry {text}"), err=True)
@@ -408,8 +411,9 @@ def _log(message: str, *args: object) -> None:
 def _printable(text: str) -> str:
     """Return a text that can be printed anywhere: `Jos\\xe9` where output is ASCII.
 
-    Paths that are not UTF-8 cannot be printed as they are, and `click.format_filename`
-    returns them unchanged before click 8.1.4.
+    Paths that are not UTF-8 cannot be printed as they are. `click.format_filename` does
+    not help: before click 8.1.4, it returns them unchanged. Standard error has the same
+    encoding.
     """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
@@ -450,7 +454,7 @@ def _decision_file() -> Path:
 
 
 def _user_file(name: str) -> Path:
-    """Return the path of a file in the folder where 0.9.0 stores `telemetry.toml`.
+    """Return the path of a file in the folder that kedro-telemetry 0.9.0 uses.
 
     Raises OSError if the user has no home folder.
     """
@@ -470,8 +474,8 @@ def _user_file(name: str) -> Path:
 def _read(path: Path) -> bytes | None:
     """Return the content of a file, or None if there is no file.
 
-    Raises OSError if it cannot be read. So does a dangling link, whose file may be on a
-    drive that is not mounted.
+    Raises OSError if it cannot be read, or if it is a dangling link: the target may be
+    on a drive that is not mounted.
     """
     try:
         os.lstat(path)
@@ -547,7 +551,7 @@ class _Project:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path  # None outside projects
-        self.file = Path(path or "", "pyproject.toml")
+        self.file = Path(path or "", "pyproject.toml")  # not read outside projects
         self.content: bytes | None = None  # None if it is absent or unreadable
         self.tool: dict[str, Any] = {}  # its `[tool]` table
         self.is_broken = False  # whether the file cannot be read or parsed
@@ -609,17 +613,9 @@ def _package_folders(package: str) -> list[str]:
 class _Consent:
     """A decision (True: granted, False: denied, None: undecided) and its reason."""
 
-    def __init__(
-        self, decision: bool | None, reason: str, path: Path | None = None
-    ) -> None:
+    def __init__(self, decision: bool | None, reason: str) -> None:
         self.decision = decision
-        self.reason = reason
-        self.path = path  # the file that the reason refers to, if any
-
-    @property
-    def text(self) -> str:
-        """The reason, with the path on a separate line, because it may be long."""
-        return self.reason if self.path is None else f"{self.reason}:\n{self.path}"
+        self.reason = reason  # with a path on a line of its own, because it may be long
 
 
 NO_DECISION = _Consent(None, "on by default: no opt-out and no opt-in found")
@@ -646,7 +642,7 @@ def _consent_sources(project_path: Path | None) -> Iterator[_Consent]:
         yield _file_consent(path)
     project = _Project(project_path)
     if project.is_broken:  # its settings might deny consent but cannot be found
-        yield _Consent(False, "this file cannot be read", project.file)
+        yield _Consent(False, f"this file cannot be read:\n{project.file}")
     yield from _settings_consents(project)
 
 
@@ -654,7 +650,7 @@ def _environment_consent() -> _Consent:
     for name in OPT_OUT_VARIABLES:
         if name in os.environ:  # any value opts out, even "", "0" or "false"
             return _Consent(False, f"{name} is set")
-    # Kedro reads this variable when it loads a project, and VS Code loads none.
+    # Kedro reads this when it loads a project. Its extension for VS Code loads none.
     if _may_name_this_plugin(os.environ.get(f"DYNACONF_{HOOK_SWITCH}", "")):
         return _Consent(False, f"DYNACONF_{HOOK_SWITCH} names {PLUGIN_NAME}")
     if os.environ.get("GITHUB_REPOSITORY_OWNER") == "kedro-org":  # Kedro's own CI
@@ -686,11 +682,11 @@ def _file_consent(path: Path) -> _Consent:
         # `Set-Content -Encoding utf8` of Windows PowerShell 5 writes a byte order mark.
         decision = _parse_consent((_read(path) or b"").decode("utf-8-sig"))
     except Exception:
-        return _Consent(False, "this file cannot be read", path)
+        return _Consent(False, f"this file cannot be read:\n{path}")
     if decision is None:
         return NO_DECISION
     verb = "grants" if decision else "denies"
-    return _Consent(decision, f"this file {verb} consent", path)
+    return _Consent(decision, f"this file {verb} consent:\n{path}")
 
 
 def _parse_consent(text: str) -> bool | None:
@@ -699,27 +695,21 @@ def _parse_consent(text: str) -> bool | None:
     Blank lines and comments say nothing. Anything else denies consent: somebody wrote
     `DO_NOT_TRACK=1` in a `.telemetry`, and a merge conflict contains both decisions.
     """
-    pairs = []
+    statements = []
     for line in re.split("[\r\n]+", text.lower()):
-        statement = re.split(r"(?:^|[ \t])#", line, maxsplit=1)[0].strip(" \t")
-        key, _, value = statement.partition(":")
+        statement = re.sub(r"(^|[ \t])#.*", "", line).strip(" \t")
         if statement:
-            pairs.append((_unquote(key), _unquote(value)))
-    if not pairs:
+            statements.append(statement)
+    if not statements:
         return None
-    return all(key == "consent" and value in GRANTS for key, value in pairs)
-
-
-def _unquote(text: str) -> str:
-    """Strip blanks, then one pair of matching quotes, from a key or a value."""
-    return re.sub(r"""^(["'])(.*)\1$""", r"\2", text.strip(" \t"))
+    return all(re.fullmatch(GRANT, statement) for statement in statements)
 
 
 def _settings_consents(project: _Project) -> Iterator[_Consent]:
     """Yield the decisions in the settings of this project and of the loaded one.
 
     They differ if a packaged project runs in the folder of another, or if a web service
-    has several. Either may deny consent.
+    serves several projects. Either may deny consent.
     """
     for package in dict.fromkeys([project.package, _loaded_package()]):
         if package is None:
@@ -733,10 +723,11 @@ def _imported_settings_consent(package: str) -> _Consent:
     """Return the decision in settings that this process has imported, if any."""
     names = _imported_settings(package)
     for variable in OPT_OUT_VARIABLES:
-        if variable in names:  # some people assign the variable here
-            file = Path(str(names.get("__file__")))
-            return _Consent(False, f"this file names {variable}", file)
-    if package == _loaded_package():  # Kedro also reads dynaconf's files
+        if variable in names:  # people write `DO_NOT_TRACK = True` in their settings
+            file = names.get("__file__")
+            return _Consent(False, f"this file names {variable}:\n{file}")
+    # Kedro's own object also has what dynaconf's files and variables set.
+    if package == _loaded_package():
         switch = getattr(sys.modules["kedro.framework.project"].settings, HOOK_SWITCH)
     else:
         switch = names.get(HOOK_SWITCH, ())
@@ -748,7 +739,8 @@ def _imported_settings_consent(package: str) -> _Consent:
 def _imported_settings(package: str) -> dict[str, Any]:
     """Return the names in a package's imported settings, or none.
 
-    `getattr` and `hasattr` would run a `__getattr__` that the user has written.
+    `getattr` and `hasattr` would run a `__getattr__` that the user has written, which
+    may do anything, or claim to have any name.
     """
     module = sys.modules.get(f"{package}.settings")
     return {} if module is None else vars(module)
@@ -788,20 +780,20 @@ def _other_settings_files(package: str, project: _Project) -> Iterator[Path]:
 def _source_consent(path: Path) -> _Consent:
     """Return the decision in the text of settings, which is not run.
 
-    Any mention of one of three names may mean to opt out, such as in
+    Any mention of one of three names may be meant as an opt-out, as in
     `os.environ["DO_NOT_TRACK"]`. Comment lines do not count, because Kedro's template
     has one. `import *` may import a name from a file that is not read.
     """
     try:
         lines = (_read(path) or b"").splitlines()
     except Exception:
-        return _Consent(False, "this file cannot be read", path)
+        return _Consent(False, f"this file cannot be read:\n{path}")
     code = b"\n".join(line for line in lines if not line.lstrip().startswith(b"#"))
     for name in (*OPT_OUT_VARIABLES, HOOK_SWITCH):
         if re.search(rf"\b{name}\b".encode(), code):
-            return _Consent(False, f"this file names {name}", path)
+            return _Consent(False, f"this file names {name}:\n{path}")
     if re.search(rb"\bimport[\s\\]*\*", code):
-        return _Consent(False, "this file imports *", path)
+        return _Consent(False, f"this file imports *:\n{path}")
     return NO_DECISION
 
 
@@ -814,21 +806,19 @@ _unshown_notices = [NOTICE]  # what this process has not shown yet
 def _show_notice() -> None:
     """Print the notice once in a process, unless somebody has already seen it.
 
-    Never on CI machines: Azure Pipelines may fail a job that writes to standard error.
+    It is never printed on CI machines: Azure Pipelines may fail a job that writes to
+    standard error. The log of a web service would get it for each session. (There is no
+    lock, because Dask and Ray could not pickle a vendored copy with one.)
     """
-    if _is_ci_env():
+    if _is_ci_env() or not _unshown_notices:
         return
     with _suppress_and_log("Finding out whether the notice was seen"):
         if _user_file("telemetry.notice").exists():
             return
-    # A web service would log it for each session. A lock would keep Dask and Ray from
-    # pickling a vendored copy.
-    if not _unshown_notices:
-        return
     # Standard error may be full or closed; pythonw and services have none.
     with _suppress_and_log("Showing the notice"):
         click.echo(_unshown_notices.pop(), err=True)
-        # With `2> /dev/null`, or in a scheduled job, nobody sees it.
+        # With `2> /dev/null`, or in a scheduled job, nobody has seen it.
         is_notebook = type(sys.stderr).__module__.startswith("ipykernel.")
         if is_notebook or sys.stderr.isatty():
             _write_empty(_user_file("telemetry.notice"))
@@ -903,8 +893,8 @@ def _hashed_project_id(project: _Project) -> str | None:
 
     if project.id is None:
         return None
-    # As in 0.9.0, so that the hashes stay the same. The declared name comes first,
-    # because a web service may have loaded another project since.
+    # 0.9.0 hashes this text if Kedro has loaded no project. Otherwise, the declared
+    # name comes first, because a web service may have loaded another project since.
     loaded = _loaded_package()
     package = (project.package or loaded) if loaded else "undefined_package_name"
     return sha512(f"{project.id}{package}".encode()).hexdigest()
@@ -914,7 +904,7 @@ def _hashed_project_id(project: _Project) -> str | None:
 
 
 def _create_body(event: _Event) -> dict[str, Any]:
-    """Return an event as Heap receives it, creating any missing ids."""
+    """Return an event as Heap receives it, storing missing ids if that is allowed."""
     project = _event_project(event)
     _store_missing_identity()
     _store_missing_project_id(project)
@@ -948,16 +938,17 @@ def _event_project(event: _Event) -> _Project:
     project = _Project(event.project_path)
     if event.name not in (COMMAND_EVENT, SESSION_EVENT):
         return project  # other plugins name the project, and may not load it
-    if project.package in sys.modules or _loaded_package() in (None, project.package):
-        return project
-    return _Project(None)
+    is_another_loaded = _loaded_package() not in (None, project.package)
+    if is_another_loaded and project.package not in sys.modules:
+        return _Project(None)
+    return project
 
 
 def _for_heap(properties: Properties) -> Properties:
     """Return properties as Heap accepts them, omitting those that are None.
 
-    Other plugins may pass any value. JSON has no infinity or NaN, and Heap accepts no
-    number that no float holds. They become text, like all values that are no numbers.
+    Other plugins may pass any value. What is not a number becomes text, and so do
+    infinity, NaN and integers too large for a float.
     """
     accepted: Properties = {}
     for key, value in properties.items():
@@ -1046,7 +1037,7 @@ def _pipeline_counts(project: _Project) -> Properties:
     """
     from kedro.framework.project import pipelines
 
-    # None for a packaged project: see `_event_project`
+    # `project.package` is None for a packaged project: see `_event_project`.
     if project.package not in (None, _loaded_package()):
         return {}
     # Since Kedro 1.5, `kedro run --pipelines x` loads only x.
@@ -1054,7 +1045,7 @@ def _pipeline_counts(project: _Project) -> Properties:
     if requested or not pipelines._is_data_loaded:
         return {}
     properties: Properties = {}
-    # A registry may return anything; one without `__default__` still has a number.
+    # A registry may return anything. Without `__default__`, it still has a number.
     with _suppress_and_log("Counting the nodes"):
         properties["number_of_pipelines"] = len(pipelines._content)
         properties["number_of_nodes"] = len(pipelines._content["__default__"].nodes)
@@ -1138,7 +1129,7 @@ def _mask(words: list[str]) -> list[str]:
     options = _option_names(commands)
     rest = _split_at_equals_sign(words[len(commands) :], options)
     if not commands and rest and rest[0] not in options:
-        return [MASK]  # a project's own command, or a typo; 0.9.0 sends no more
+        return [MASK]  # a project's own command, or a typo
     masked = words[: len(commands)]
     for previous, word in pairwise(["", *rest]):  # each word and the one before it
         is_starter = previous in options and _is_official_starter(previous, word)
@@ -1173,14 +1164,15 @@ def _public_groups() -> Iterator[Any]:
 
     from kedro.framework.cli import cli as cli_module
 
-    for variable in list(vars(cli_module).values()):  # all of Kedro's are here
+    # All of Kedro's groups are in this module. A look-up may import, and add a name.
+    for variable in list(vars(cli_module).values()):
         if _is_group(variable):
             yield variable
     for name in ("kedro.global_commands", "kedro.project_commands"):
         for entry_point in entry_points(group=name):
             if entry_point.module not in sys.modules:
                 continue  # Kedro could not import it
-            with suppress(Exception, SystemExit):  # the module may lack the name
+            with suppress(Exception):  # the module may lack the name
                 yield entry_point.load()
 
 
@@ -1201,8 +1193,9 @@ def _find_command(groups: Iterable[Any], name: str) -> Any:
 def _is_public(command: Any, group: Any) -> bool:
     """Return whether Kedro or a plugin, rather than the project, defines a command.
 
-    A project may add commands to Kedro's groups from any module, even with a function
-    of Kedro's. In a plugin's group, all but those of the project's package are public.
+    A project may add commands to Kedro's groups from any module, and may reuse one of
+    Kedro's functions as a callback. In a plugin's group, all commands are public except
+    those of the project's package.
     """
     file = _source_file(command)
     if _is_in_package(_source_file(group), "kedro"):
@@ -1272,8 +1265,8 @@ class _Post(threading.Thread):
     """Posts an event in a daemon thread, because any step of it can hang.
 
     Name look-ups and reading certificates have no timeout. The thread does not log or
-    import modules (`__init__` has imported what it needs), because either can abort the
-    process while Python shuts down.
+    load modules, because either can abort the process while Python shuts down: its
+    functions import only what `__init__` has loaded.
     """
 
     # When this process began its back-off, in seconds since the epoch. It applies if
@@ -1301,15 +1294,15 @@ class _Post(threading.Thread):
 
     def run(self) -> None:
         try:
-            # If a user resets SIGPIPE to its default for `| head`, a connection closed
-            # by Heap would otherwise end the process. Python itself ignores the signal
-            # and needs no mask, which gevent would leave in the main thread.
+            # If the user has reset SIGPIPE to its default, for `| head`, a connection
+            # that Heap closes would end the process. Otherwise Python ignores SIGPIPE,
+            # and no mask is set: gevent would leave it in the main thread.
             with suppress(AttributeError):  # Windows has no such signal
                 if signal.getsignal(signal.SIGPIPE) != signal.SIG_IGN:
                     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
             self.status = self.empty_context.run(_request_status, self)
         # In tests, a stand-in for the network may raise SystemExit or pytest's Failed.
-        # Out of a thread, either would fail a suite that runs with `-W error`.
+        # If either left the thread, it would fail a suite that runs with `-W error`.
         except BaseException as error:
             from urllib.error import URLError
 
@@ -1323,9 +1316,9 @@ class _Post(threading.Thread):
 def _wait_for(post: _Post) -> bool:
     """Wait for Heap until the deadline; return True if it has accepted the event.
 
-    A firewall that drops packets must not delay every command. So the back-off starts
-    if the wait ends without an answer after a quarter of the deadline (half a second),
-    even by a failure or Ctrl-C. A slow answer does not start it.
+    A firewall that drops packets must not delay every command. So a wait that ends
+    without an answer after a quarter of the deadline (half a second), by a failure or
+    Ctrl-C too, starts the back-off. A slow answer does not.
     """
     try:
         post.join(DEADLINE)
@@ -1348,9 +1341,9 @@ def _request_status(post: _Post) -> int:
     """Post an event and return the answer's status, without following redirects.
 
     `urlopen` would do the same in one call through an OpenerDirector, but OpenTelemetry
-    wraps that, prints a span and waits for the user's exporter. This function therefore
-    calls the same handlers itself: `ProxyHandler.proxy_open`, which applies a proxy to
-    the request, and `HTTPSHandler.do_open`, which posts it.
+    wraps that, records a span and waits for the user's exporter. So this calls the same
+    handlers itself: `ProxyHandler.proxy_open`, which applies a proxy to the request,
+    and `HTTPSHandler.do_open`, which posts it.
     """
     from ssl import SSLCertVerificationError
     from urllib.error import URLError
@@ -1358,7 +1351,7 @@ def _request_status(post: _Post) -> int:
 
     request = _create_request(post.content.encode())
     connection_class = _create_connection_class()
-    failure = URLError("")  # that of the last context, of which there is at least one
+    failure = URLError("")  # replaced below, because there is always a context
     for context in _ssl_contexts(post.certifi_file):
         # People set `HTTPConnection.debuglevel = 1`, which prints to standard output.
         handler = HTTPSHandler(debuglevel=0, context=context)
@@ -1460,8 +1453,9 @@ def _find_hashed_file(folders: str) -> str | None:
 def _create_context(folders: str) -> Any:
     """Return a context that trusts the hashed certificates in the given folders.
 
-    Companies may trust only an intermediate authority, which Python accepts by default
-    since 3.13. VERIFY_X509_STRICT, which 3.13 sets too, would reject Zscaler's.
+    Companies may trust only an intermediate authority, which is enough with this flag,
+    a default since 3.13. `ssl.create_default_context` would then also set
+    VERIFY_X509_STRICT, which rejects Zscaler's certificates.
     """
     import ssl
 
@@ -1478,7 +1472,7 @@ def _trust_file(context: Any, path: str) -> None:
     114653). With `cadata`, OpenSSL reads no file and Python keeps its lock (the GIL),
     so the process cannot end meanwhile.
     """
-    # SSLError after a broken certificate; ValueError if there is none
+    # OSError includes SSLError, after a broken certificate; ValueError: there is none
     with suppress(OSError, ValueError):
         context.load_verify_locations(cadata=_read_certificates(path))
 
@@ -1499,12 +1493,8 @@ def _find_certifi_file() -> str | None:
 
     `certifi.where()` would import `importlib.resources`.
     """
-    from importlib.util import find_spec
-
-    with suppress(Exception):  # another package's import hook may raise
-        spec = find_spec("certifi")
-        if spec is not None and spec.origin is not None:
-            return os.path.join(os.path.dirname(spec.origin), "cacert.pem")
+    with suppress(Exception):  # it is not installed, or has another form
+        return os.path.join(_package_folders("certifi")[0], "cacert.pem")
     return None
 
 
@@ -1574,8 +1564,8 @@ def _run_telemetry_command(project_metadata: Any, action: str) -> None:
         _print_status(project_path)
 
 
-# Not by click's decorators: beartype before 0.20 adds its own to their result, and then
-# every command of the project fails.
+# Not built with click's decorators: beartype before 0.20 adds its own to their result,
+# and then every command of the project fails.
 _telemetry_command = click.Command(
     "telemetry",
     callback=click.pass_obj(_run_telemetry_command),
@@ -1598,7 +1588,7 @@ def _print_status(project_path: Path | None) -> None:
     consent = _find_consent(project_path)
     is_on = consent.decision is not False
     _print_field("Telemetry", "on here" if is_on else "off here")
-    _print_field("Reason", consent.text)
+    _print_field("Reason", consent.reason)
     no_id = "none yet" if is_on and _may_create_ids() else "none"
     try:
         file = _user_file("telemetry.toml")
@@ -1628,7 +1618,7 @@ def _opt_in(project_path: Path | None) -> None:
     _save_decision("true")
     consent = _find_consent(project_path)
     if consent.decision is False:
-        click.echo(_printable(f"Telemetry stays off here, because {consent.text}"))
+        click.echo(_printable(f"Telemetry stays off here, because {consent.reason}"))
 
 
 def _opt_out() -> None:
@@ -1665,8 +1655,7 @@ def _add_telemetry_command(is_in_project: bool) -> None:
 
     In a project, a command of the same name from the project or a plugin takes
     precedence. An entry point in `kedro.global_commands` would make Kedro's own tests
-    fail, because they count the groups. It would not help a vendored copy either: the
-    installed release may be 0.9.0, whose entry points are hooks.
+    fail, because they count the groups.
     """
     from kedro.framework.cli import cli as cli_module
 
