@@ -1202,6 +1202,47 @@ def use_everything(project: Path) -> None:
     base_properties(project)
 
 
+def test_exit_status_survives_a_plugin_that_exits(plugin, heap):
+    """When the plugin imports its command only now, because the event names it."""
+    hook = kedro_telemetry.telemetry_hook
+    hook.before_command_run(None, ["deck", "fail"])
+    hook.after_command_run()
+    assert heap.commands == ["kedro deck *****"]
+
+
+@pytest.mark.parametrize("group", ["project_commands", "global_commands", "cli"])
+def test_exit_status_survives_a_kedro_with_other_groups(group, heap, patch):
+    patch.setattr(kedro_cli, group, Trap(), raising=False)
+    hook = kedro_telemetry.telemetry_hook
+    for metadata in (None, SimpleNamespace(project_path=None)):
+        hook.before_command_run(metadata, ["info"])
+        hook.after_command_run()
+    assert len(heap.events) == 2
+
+
+def test_exit_status_survives_a_clock_that_stops(heap, patch):
+    clock = Mock(side_effect=[1.0, Odd, Odd, Odd])
+    patch.setattr(
+        kedro_telemetry, "time", SimpleNamespace(time=time.time, monotonic=clock)
+    )
+    heap.mode = "reset"
+    assert send_telemetry_event("x") is False
+
+
+def test_exit_status_and_output_do_not_depend_on_loggers():
+    """0.9.0 sets one to DEBUG when it is imported."""
+    code = """
+    import logging
+    def seen():
+        for logger in (logging.root, logging.getLogger("kedro_telemetry")):
+            yield logger.level, logger.handlers, logger.propagate, logger.disabled
+    before = list(seen())
+    import kedro_telemetry
+    print(list(seen()) == before)
+    """
+    assert run_python("-c", code).stdout == "True\n"
+
+
 @pytest.mark.parametrize("error", [SystemExit, pytest.fail.Exception])
 def test_exit_status_survives_a_network_that_fails_a_test(error, log, patch):
     """Otherwise, pytest reports an exception in a thread, as an error with -W error."""
@@ -1248,7 +1289,9 @@ def test_exit_status_survives_a_log_that_raises(error, heap, log, patch):
     assert send_telemetry_event("x") is True
 
 
-def test_kedros_log_takes_an_event_with_brackets(heap, log, patch, capfd):
+def test_exit_status_survives_an_event_with_brackets_in_kedros_log(
+    heap, log, patch, capfd
+):
     patch.setattr(kedro_telemetry.logger, "handlers", [RichHandler()])
     patch.setattr(kedro_telemetry.logger, "propagate", False)
     assert send_telemetry_event("[/oops]") is True
@@ -1309,7 +1352,7 @@ def test_debug_mode_shows_a_session_or_why_it_is_not_sent(
     text, project, heap, patch, capfd
 ):
     write(project / ".telemetry", text)
-    patch.setenv("KEDRO_TELEMETRY_DEBUG", "1")
+    patch.setenv("KEDRO_TELEMETRY_DEBUG", "0")  # not empty
     load_catalogs(project)
     errors = capfd.readouterr().err
     assert ('"event": "Kedro Project Statistics"' in errors) is (text == "")
@@ -1645,7 +1688,9 @@ def test_an_installed_package_is_its_checkouts_project(project, tmp_path, heap, 
         ("work/spaceships/.telemetry", NO),
     ],
 )
-def test_the_package_and_the_folder_can_both_deny(file, text, packaged, tmp_path, heap):
+def test_after_a_denial_by_a_package_or_its_folder_nothing_is_sent(
+    file, text, packaged, tmp_path, heap
+):
     write(tmp_path / file, text)
     packaged()
     assert heap.connections == []
@@ -1719,6 +1764,14 @@ DENIALS = README_DENIALS | {
     ),
     "settings that Kedro cannot import": denial_by_settings(
         "DO_NOT_TRACK", "DO_NOT_TRACK = True\nimport gone\n"
+    ),
+    "settings that Kedro cannot import all of": Denial(
+        "this file imports *:\n{project}/" + SETTINGS,
+        files={"{project}/" + SETTINGS: "from gone import *\n"},
+    ),
+    "a file that cannot be read": Denial(
+        "this file cannot be read:\n{project}/.telemetry",
+        files={"{project}/.telemetry": YES + "#" * 2**20},
     ),
 }
 # The denial that tries each source in `_consent_sources`
@@ -1802,6 +1855,13 @@ def test_after_a_denial_debug_mode_prints_the_reason(denied, patch, capfd):
     assert send_telemetry_event("x", {}, denied.project) is False
     shown = f"kedro-telemetry sends nothing: {denied.reason}\n"
     assert capfd.readouterr() == ("", shown)
+
+
+def test_after_a_denial_by_an_error_nothing_is_sent(heap, patch):
+    """Any doubt is a denial."""
+    patch.setattr(Path, "cwd", Mock(side_effect=Odd))
+    assert send_telemetry_event("x") is False
+    assert heap.connections == []
 
 
 def test_after_a_denial_there_is_no_identity(patch, known_user):
@@ -2216,7 +2276,7 @@ ADDED = "\n[tool.kedro_telemetry]\nproject_id = 'ID'\n"
         ("[tool.kedro]\n# \udcff is not UTF-8\n", ""),
     ],
 )
-def test_an_id_is_added_to_pyproject_or_nothing(text, added, tmp_path):
+def test_an_id_is_added_in_place_or_nothing(text, added, tmp_path):
     path = tmp_path / "pyproject.toml"
     path.write_bytes(text.encode(errors="surrogateescape"))
     base_properties(tmp_path)
@@ -2576,6 +2636,26 @@ def test_masking_imports_nothing_that_kedro_has_not(plugin, heap):
     assert "idle" not in sys.modules
 
 
+@posix
+def test_a_command_is_masked_where_site_packages_is_a_farm_of_links(
+    project, tmp_path, heap
+):
+    """As made by uv and Bazel. The project adds a command to Kedro's own group."""
+    source = Path(kedro.__file__).parent
+    farm = tmp_path / "farm/kedro"
+    shutil.copytree(source, farm, copy_function=os.symlink)
+    write(project / "src/outside.py", OUTSIDE)
+    write(
+        project / "src/spaceships/cli.py",
+        "import outside, click\ncli = click.Group()\n",
+    )
+    path = os.pathsep.join([str(farm.parent), os.environ["PYTHONPATH"]])
+    for line in ("secret", "--version"):
+        done = run_python("-m", "kedro", line, PYTHONPATH=path)
+        assert done.returncode == 0, done.stderr
+    assert heap.commands == ["kedro *****", "kedro --version"]
+
+
 def test_the_starter_of_a_plugin_is_masked(patch, heap):
     name = "_OFFICIAL_STARTER_SPECS_DICT"
     specs = getattr(starters, name, None) or starters._OFFICIAL_STARTER_SPECS
@@ -2628,6 +2708,11 @@ kedro_cli.cli.add_command(click.Command("like-kedro", callback=decorated(info)))
 """
 
 
+OUTSIDE = """
+from kedro.framework.cli.cli import cli
+@cli.command()
+def secret(): ...
+"""
 OF_THE_PROJECT = """
 mine added grouped of-a-plugin of-kedro like-kedro added-to-plugin wrapped partial empty
 """
@@ -3170,18 +3255,19 @@ def test_a_certificate_is_verified_by_all_that_is_trusted(
 
 
 @pytest.mark.parametrize(
-    ("variable", "bundle", "asks_system", "is_trusted"),
+    ("variable", "bundle", "folder", "asks_system", "is_trusted"),
     [
-        (None, "gone.pem", False, True),
-        (None, "intermediate.pem", False, False),
-        ("SSL_CERT_FILE", "gone.pem", False, False),
-        ("SSL_CERT_DIR", "gone.pem", False, False),
-        (None, "gone.pem", True, False),
-        (None, "heap.pem", True, True),
+        (None, "gone.pem", "gone", False, True),
+        (None, "gone.pem", "another", False, False),
+        (None, "intermediate.pem", "gone", False, False),
+        ("SSL_CERT_FILE", "gone.pem", "gone", False, False),
+        ("SSL_CERT_DIR", "gone.pem", "gone", False, False),
+        (None, "gone.pem", "gone", True, False),
+        (None, "heap.pem", "gone", True, True),
     ],
 )
 def test_a_certificate_is_verified_by_certifi_in_need(
-    variable, bundle, asks_system, is_trusted, certificates, heap, patch
+    variable, bundle, folder, asks_system, is_trusted, certificates, heap, patch
 ):
     """As with python.org's Python on macOS, until the user installs authorities.
 
@@ -3194,7 +3280,7 @@ def test_a_certificate_is_verified_by_certifi_in_need(
     if asks_system:
         error = Mock(side_effect=NotImplementedError)
         patch.setattr(ssl.SSLContext, "cert_store_stats", error)
-    paths = SimpleNamespace(openssl_cafile=bundle, openssl_capath="gone")
+    paths = SimpleNamespace(openssl_cafile=bundle, openssl_capath=folder)
     patch.setattr(ssl, "get_default_verify_paths", Mock(return_value=paths))
     patch.delitem(sys.modules, "certifi", raising=False)
     write(certificates / "site/certifi/__init__.py", NEVER)
@@ -3227,6 +3313,16 @@ def test_a_certificate_for_another_host_is_rejected(place, certificates, heap, p
     patch.setenv("SSL_CERT_DIR", "evil" if place == "folder" else "nothing")
     assert send_telemetry_event("x") is False
     assert heap.events == []
+
+
+@posix
+def test_a_certificate_is_not_tried_again_after_another_failure(
+    certificates, heap, patch
+):
+    patch.setenv("SSL_CERT_DIR", "another")
+    heap.mode = "reset"
+    assert send_telemetry_event("x") is False
+    assert len(heap.connections) == 1
 
 
 def test_a_certificate_needs_no_root_authority(certificates, heap, patch):
