@@ -1428,22 +1428,28 @@ def test_a_file_of_a_colleague_is_changed_in_place(new_project, patch):
 
 
 @root
+@pytest.mark.skipif(not shutil.which("unshare"), reason="only Linux has unshare")
 def test_a_file_that_is_mounted_is_changed_in_place(new_project):
     """Docker can mount a single file, which cannot be replaced then."""
-    path = str(new_project / "pyproject.toml")
-    code = """
-    import os, subprocess, sys
-    subprocess.run(["mount", "--bind", sys.argv[1], sys.argv[1]], check=True)
+    path = new_project / "pyproject.toml"
+    code = f"""
+    import os, subprocess
+    from pathlib import Path
+    from kedro_telemetry import _get_project_properties
+    path = {str(path)!r}
+    subprocess.run(["mount", "--bind", path, path], check=True)
     try:
-        os.rename(sys.argv[1], sys.argv[1] + ".old")
+        os.rename(path, path + ".old")
     except OSError:
-        import kedro_telemetry
-        kedro_telemetry._get_project_properties("", os.path.dirname(sys.argv[1]))
+        print("mounted")
+    print("project_id" in _get_project_properties("", Path(path).parent))
     """
-    words = [sys.executable, "-c", textwrap.dedent(code), path]
-    if run_process(["unshare", "-m", *words], os.environ).returncode:
+    words = ["unshare", "-m", sys.executable, "-c", textwrap.dedent(code)]
+    done = run_process(words, os.environ)
+    if "mounted" not in done.stdout:
         pytest.skip("nothing can be mounted here")
-    assert re.fullmatch(NEW_IDS["project/pyproject.toml"], Path(path).read_text())
+    assert done.stdout == "mounted\nTrue\n"
+    assert re.fullmatch(NEW_IDS["project/pyproject.toml"], path.read_text())
 
 
 def test_a_file_that_is_read_only_is_not_changed_in_place(new_project, decision):
