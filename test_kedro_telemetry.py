@@ -3585,8 +3585,7 @@ def test_help_lists_three_choices_and_the_documentation(project):
 @pytest.mark.parametrize("name", kedro_telemetry.OPT_OUT_VARIABLES)
 def test_help_names_each_variable_that_opts_out(name):
     assert re.search(rf"\b{name}\b", run("telemetry --help").output), (
-        f"`kedro telemetry --help` does not name {name}: add it to the text of "
-        "`_telemetry` in the module."
+        f"`kedro telemetry --help` does not name {name}: add it to TELEMETRY_HELP."
     )
 
 
